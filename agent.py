@@ -1,0 +1,3605 @@
+#!/usr/bin/env python3
+"""sockerless-agent: run commands in a container over one WebSocket.
+
+One file that is copied into an image and trusted as PID 1. It needs CPython
+3.11 or newer, the standard library and ``websockets``; nothing else.
+
+    python -m agent                                  serve execs on :9111
+    python -m agent --keep-alive -- node server.js   and run a main process
+    python -m agent --help                           every flag
+
+A client opens a WebSocket on ``/ws`` and starts any number of sessions on it:
+``exec`` runs a command with pipes or on a terminal, ``attach`` joins the main
+process with a replay of its recent output. ``agent_client.py`` is the client.
+
+The file reads top-down; each section uses only those above it:
+
+     1  Wire protocol          messages to bytes and back; no I/O
+     2  Configuration          flags, environment, logging, secrets
+     3  Replay log             the bounded output of one process
+     4  Child processes        spawn, reap, signal, find and end a process tree
+     5  Pumps                  threads that move bytes between fds and queues
+     6  Outgoing queue         what waits to be sent on one connection
+     7  Sessions               exec, attach, the main process
+     8  Health checks          Docker HEALTHCHECK
+     9  Connection             one WebSocket peer
+    10  Server mode            listen, authenticate, answer /health
+    11  Command line           main, signals, exit code
+"""
+
+from __future__ import annotations
+
+import argparse
+import binascii
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import enum
+import errno
+import fcntl
+import hmac
+import http
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import select
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import termios
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
+
+if __name__ == "__main__":
+    # `docker diff` shows what changed since PID 1 started: leave no __pycache__.
+    sys.dont_write_bytecode = True
+
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode, Opcode
+from websockets.http11 import Request as HTTPRequest
+from websockets.http11 import Response as HTTPResponse
+from websockets.protocol import OPEN
+from websockets.server import ServerProtocol
+from websockets.sync.connection import Connection as WebSocket
+from websockets.sync.server import ServerConnection, serve
+from websockets.typing import BytesLike
+
+try:  # the C helper that websockets itself prefers
+    from websockets.speedups import apply_mask
+except ImportError:
+    from websockets.utils import apply_mask
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("sockerless.agent")
+
+
+class AgentError(Exception):
+    """Base class of the errors that this module raises on purpose."""
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 1  Wire protocol
+#    Owns the messages of docs/protocol.md and their bytes. No I/O, no threads.
+# ══════════════════════════════════════════════════════════════════════════════
+
+
+class Stream(enum.IntEnum):
+    """Which stream of a session some bytes belong to."""
+
+    STDIN = 0
+    STDOUT = 1
+    STDERR = 2
+
+
+STREAM_NAMES = {Stream.STDIN: "stdin", Stream.STDOUT: "stdout", Stream.STDERR: "stderr"}
+
+
+class Reason(enum.StrEnum):
+    """Why an ``error`` was sent: the ``reason`` field beside its ``message``.
+
+    Version 1 peers ignore the field; agent_client maps it to an exit status.
+    """
+
+    BAD_MESSAGE = "bad_message"  # the message made no sense; sessions go on
+    UNKNOWN_SESSION = "unknown_session"
+    DUPLICATE_SESSION = "duplicate_session"  # the first session goes on
+    NOT_FOUND = "not_found"  # of a command: 127 for a shell
+    NOT_EXECUTABLE = "not_executable"  # of a command: 126 for a shell
+    START_FAILED = "start_failed"
+    NO_MAIN_PROCESS = "no_main_process"
+    LIMIT = "limit"
+    STDIN_OVERFLOW = "stdin_overflow"  # the command did not read what was sent
+
+
+class MessageError(AgentError):
+    """A message that makes no sense.
+
+    Attributes:
+        id: the session that the message named, "" if none could be read.
+    """
+
+    def __init__(self, message: str, session_id: str = "") -> None:
+        super().__init__(message)
+        self.id = session_id
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exec:
+    """Start a command as session ``id``. ``env`` holds ``K=V`` strings."""
+
+    id: str
+    cmd: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    workdir: str = ""
+    tty: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attach:
+    """Attach to the main process: replay, then live output."""
+
+    id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stdin:
+    """Bytes for a session's stdin."""
+
+    id: str
+    data: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CloseStdin:
+    """End of a session's stdin."""
+
+    id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Signal:
+    """A signal by name or number, see :func:`parse_signal`."""
+
+    id: str
+    signal: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resize:
+    """The terminal's new size, in columns and rows."""
+
+    id: str
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """Bytes that a session wrote.
+
+    Attributes:
+        lost: how many bytes of output are missing right before ``data``, because
+            this attached client fell behind the replay log; ``data`` then is
+            the agent's own notice about it, not the process's output.
+    """
+
+    id: str
+    stream: Stream
+    data: bytes
+    lost: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exit:
+    """The end of a session: the command's code, 128+n when signal n ended it."""
+
+    id: str
+    code: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Error:
+    """A session could not start, or a message made no sense."""
+
+    id: str
+    message: str
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LifetimeExpired:
+    """The platform is about to end this agent."""
+
+
+Request = Exec | Attach | Stdin | CloseStdin | Signal | Resize
+Event = Output | Exit | Error | LifetimeExpired
+_T = TypeVar("_T")
+
+
+class _Fields:
+    """Typed access to one decoded JSON object; each refusal names the field."""
+
+    def __init__(self, fields: dict[str, Any], kind: str) -> None:
+        self.fields = fields
+        self.kind = kind
+        session_id = fields.get("id")
+        self.id = session_id if isinstance(session_id, str) and _is_unicode(session_id) else ""
+
+    def error(self, what: str) -> MessageError:
+        return MessageError(f"{self.kind}: {what}", self.id)
+
+    def _get(self, name: str, kind: type[_T], article: str, default: _T) -> _T:
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        # bool is an int to isinstance(), but not to a Go peer.
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.error(f"field {name!r} must be {article}, not {_json_type(value)}")
+        return value
+
+    def text(self, name: str) -> str:
+        return self._get(name, str, "a string", "")
+
+    def boolean(self, name: str) -> bool:
+        return self._get(name, bool, "a boolean", False)
+
+    def integer(self, name: str) -> int:
+        return self._get(name, int, "an integer", 0)
+
+    def strings(self, name: str) -> tuple[str, ...]:
+        values = self._get(name, list, "an array of strings", [])
+        for value in values:
+            if not isinstance(value, str):
+                raise self.error(f"field {name!r} must hold strings only, not {_json_type(value)}")
+        return tuple(values)
+
+    def system_text(self, name: str, value: str) -> str:
+        """Check a string that goes to execve(2): no NUL, and it has bytes."""
+        if "\0" in value:
+            raise self.error(f"field {name!r} contains a NUL character")
+        try:
+            value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise self.error(f"field {name!r} is not valid Unicode") from None
+        return value
+
+    def session_id(self) -> str:
+        self.text("id")  # refuses another type, by name
+        if not self.id:
+            raise self.error("field 'id' is missing, empty or not valid Unicode")
+        return self.id
+
+    def data(self) -> bytes:
+        try:
+            return binascii.a2b_base64(self.text("data"), strict_mode=True)
+        except ValueError as exc:  # binascii.Error, or a non-ASCII string
+            raise self.error(f"field 'data' is not valid base64: {exc}") from None
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether ``text`` has a UTF-8 encoding; JSON can smuggle half surrogates."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _load(text: str) -> _Fields:
+    try:
+        fields = json.loads(text)
+    except RecursionError:
+        raise MessageError("message is nested too deeply") from None
+    except ValueError as exc:
+        raise MessageError(f"message is not valid JSON: {exc}") from None
+    if not isinstance(fields, dict):
+        raise MessageError(f"message must be a JSON object, not {_json_type(fields)}")
+    kind = fields.get("type")
+    if not isinstance(kind, str):
+        raise _Fields(fields, "message").error("field 'type' is missing or not a string")
+    return _Fields(fields, kind[:64])
+
+
+def _decode_exec(fields: _Fields) -> Exec:
+    session_id = fields.session_id()
+    cmd = tuple(fields.system_text("cmd", item) for item in fields.strings("cmd"))
+    env = tuple(fields.system_text("env", item) for item in fields.strings("env"))
+    if not cmd or not cmd[0]:
+        raise fields.error("field 'cmd' is missing or empty")
+    for item in env:
+        if item.find("=") < 1:
+            raise fields.error(f"field 'env' must hold K=V strings, not {item[:80]!r}")
+    workdir = fields.system_text("workdir", fields.text("workdir"))
+    return Exec(session_id, cmd, env, workdir, fields.boolean("tty"))
+
+
+def _decode_signal(fields: _Fields) -> Signal:
+    session_id = fields.session_id()
+    name = fields.fields.get("signal")
+    if type(name) is int:  # lenient: a number where a string is specified
+        name = str(name)
+    if not isinstance(name, str) or not name:
+        raise fields.error("field 'signal' is missing or not a string")
+    return Signal(session_id, name)
+
+
+def _decode_resize(fields: _Fields) -> Resize:
+    session_id = fields.session_id()
+    width, height = fields.integer("width"), fields.integer("height")
+    for name, value in (("width", width), ("height", height)):
+        if not 0 < value <= 0xFFFF:  # struct winsize holds unsigned shorts
+            raise fields.error(f"field {name!r} must be from 1 to 65535, not {value}")
+    return Resize(session_id, width, height)
+
+
+_REQUESTS: dict[str, Callable[[_Fields], Request]] = {
+    "exec": _decode_exec,
+    "attach": lambda fields: Attach(fields.session_id()),
+    "stdin": lambda fields: Stdin(fields.session_id(), fields.data()),
+    "close_stdin": lambda fields: CloseStdin(fields.session_id()),
+    "signal": _decode_signal,
+    "resize": _decode_resize,
+}
+
+_EVENTS: dict[str, Callable[[_Fields], Event]] = {
+    "stdout": lambda fields: Output(fields.session_id(), Stream.STDOUT, fields.data(), fields.integer("lost")),
+    "stderr": lambda fields: Output(fields.session_id(), Stream.STDERR, fields.data(), fields.integer("lost")),
+    "exit": lambda fields: Exit(fields.session_id(), fields.integer("code")),
+    "error": lambda fields: Error(fields.id, fields.text("message"), fields.text("reason")),
+    "lifetime_expired": lambda fields: LifetimeExpired(),
+}
+
+
+def decode_request(text: str) -> Request:
+    """Decode what a client sent to an agent.
+
+    Raises:
+        MessageError: if the message makes no sense; says which field, and why.
+    """
+    fields = _load(text)
+    decode = _REQUESTS.get(fields.kind)
+    if decode is None:
+        raise MessageError(f"unknown message type {fields.kind!r}", fields.id)
+    return decode(fields)
+
+
+def decode_event(text: str) -> Event | None:
+    """Decode what an agent sent to a client; None for a type that is not known.
+
+    Raises:
+        MessageError: if the message makes no sense; says which field, and why.
+    """
+    fields = _load(text)
+    decode = _EVENTS.get(fields.kind)
+    return decode(fields) if decode is not None else None
+
+
+_TYPE_NAMES: dict[type, str] = {
+    Exec: "exec",
+    Attach: "attach",
+    CloseStdin: "close_stdin",
+    Signal: "signal",
+    Resize: "resize",
+    Exit: "exit",
+    Error: "error",
+    LifetimeExpired: "lifetime_expired",
+}
+# Fields that a peer must see even when they hold their zero value.
+_ALWAYS = frozenset({"id", "code", "cmd", "message", "signal", "width", "height"})
+
+
+def encode(message: Request | Event) -> bytes:
+    """Encode one message as the JSON object of a text frame."""
+    if isinstance(message, Stdin | Output):
+        stream = Stream.STDIN if isinstance(message, Stdin) else message.stream
+        body = b"".join(encode_data(data_prefix(stream, message.id), message.data))
+        if isinstance(message, Output) and message.lost:
+            body = body[:-1] + b',"lost":%d}' % message.lost
+        return body
+    fields: dict[str, object] = {"type": _TYPE_NAMES[type(message)]}
+    for field in dataclasses.fields(message):
+        value = getattr(message, field.name)
+        if value or field.name in _ALWAYS:
+            fields[field.name] = value
+    if not fields.get("id", "-"):
+        del fields["id"]  # connection-level: absent, not empty
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def data_prefix(stream: Stream, session_id: str) -> bytes:
+    """What stands before the base64 text in every data message of a stream."""
+    return b'{"type":"%s","id":%s,"data":"' % (STREAM_NAMES[stream].encode(), json.dumps(session_id).encode())
+
+
+def encode_data(prefix: bytes, data: BytesLike) -> list[bytes]:
+    """Encode a data message as buffers to be sent one after the other."""
+    return [prefix, binascii.b2a_base64(data, newline=False), b'"}']
+
+
+def frame_header(opcode: int, length: int, mask: bytes = b"") -> bytes:
+    """The header of an unfragmented WebSocket frame (RFC 6455 §5.2).
+
+    Args:
+        mask: the masking key if the sender is the client, else empty.
+    """
+    first, masked = 0x80 | opcode, 0x80 if mask else 0
+    if length < 126:
+        return struct.pack("!BB", first, masked | length) + mask
+    if length < 65536:
+        return struct.pack("!BBH", first, masked | 126, length) + mask
+    return struct.pack("!BBQ", first, masked | 127, length) + mask
+
+
+def make_frame(opcode: int, payload: Sequence[BytesLike], masked: bool) -> list[BytesLike]:
+    """A whole frame as buffers to be sent one after the other.
+
+    The library's Frame.serialize() copies the payload twice; here an unmasked
+    one is not copied at all, a client's once for the mask that RFC 6455 §5.3
+    asks of it.
+    """
+    if not masked:
+        return [frame_header(opcode, sum(map(len, payload))), *payload]
+    key = secrets.token_bytes(4)
+    data = apply_mask(payload[0] if len(payload) == 1 else b"".join(payload), key)
+    return [frame_header(opcode, len(data), key), data]
+
+
+_REALTIME = re.compile(r"SIGRT(MIN|MAX)([+-]\d{1,2})?")
+
+
+def parse_signal(text: str) -> int:
+    """The number of a signal given as ``SIGTERM``, ``TERM``, ``term``, ``RTMIN+3`` or ``15``.
+
+    Raises:
+        ValueError: if the platform has no such signal.
+    """
+    name = text.strip().upper()
+    if name.isascii() and name.isdigit() and len(name) < 4:
+        number = int(name)
+    else:
+        name = name if name.startswith("SIG") else f"SIG{name}"
+        realtime = _REALTIME.fullmatch(name)
+        if realtime is not None:
+            number = signal.Signals[f"SIGRT{realtime[1]}"] + int(realtime[2] or 0)
+        else:
+            number = signal.Signals.__members__.get(name, 0)
+    if number not in signal.valid_signals():
+        raise ValueError(f"unknown signal {text[:80]!r}")
+    return int(number)
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 2  Configuration
+#    Owns Config, made once before any thread starts and never changed; the log
+#    format; and the secrets, which reach no log, child or process listing.
+# ══════════════════════════════════════════════════════════════════════════════
+
+ENV_PREFIX = "SOCKERLESS_AGENT_"
+SECRET_VARIABLES = ("SOCKERLESS_AGENT_TOKEN", "SOCKERLESS_CALLBACK_URL")
+PID_FILE = "/tmp/.sockerless-mainpid"
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as Docker has it
+
+
+class ConfigError(AgentError):
+    """A flag or environment variable that makes no sense: exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen: a host ("" for every interface) and port, or a unix socket's path."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the address."""
+        return bool(self.path) or self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that flags and environment decide. Times in seconds, sizes in bytes."""
+
+    addr: Address = Address(port=9111)
+    keep_alive: bool = False
+    command: tuple[str, ...] = ()
+    tty: bool = False
+    copy_output: bool = True
+    exit_with_main: bool = False
+    stop_timeout: float = 10.0
+    drain_timeout: float = 1.0
+    kill_timeout: float = 2.0
+    replay_size: int = 1 << 20
+    pid_file: str = PID_FILE
+    log_level: str = "info"
+    log_format: str = "text"
+    token: str = dataclasses.field(default="", repr=False)
+    health_cmd: str = ""
+    health_interval: float = 30.0
+    health_timeout: float = 30.0
+    health_retries: int = 3
+    health_start_period: float = 0.0
+    max_message_size: int = 64 << 20
+    max_sessions: int = 1024
+    max_total_sessions: int = 4096
+    stdin_limit: int = 256 << 20
+    ping_interval: float = 20.0
+    ping_timeout: float = 60.0
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h)")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a duration as Go and Docker write it: ``500ms``, ``1m30s``, ``0``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if text == "0":
+        return 0.0
+    parts = _DURATION.findall(text)
+    if not parts or "".join(parts) != text:
+        hint = f" (did you mean {text}s?)" if re.fullmatch(r"\d+(\.\d+)?", text) else ""
+        raise ValueError(f"not a duration such as 500ms, 10s or 1m30s: {text!r}{hint}")
+    return sum(float(part.rstrip("nuµmsh")) * _UNITS[part.lstrip("0123456789.")] for part in parts)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in a size such as ``65536``, ``64k`` or ``1MiB``; units are powers of 1024.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    match = re.fullmatch(r"(\d{1,15})([kmg]?)(i?b)?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"not a size such as 65536, 64k or 1MiB: {text!r}")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
+
+
+def parse_address(text: str) -> Address:
+    """A listen address: ``:9111``, ``host:port``, ``[::1]:port`` or ``unix:/path``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if text.startswith("unix:"):
+        if len(text) == len("unix:"):
+            raise ValueError("unix: needs a path, such as unix:/run/agent.sock")
+        return Address(path=text.removeprefix("unix:"))
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"an IPv6 address needs brackets, as in [::1]:9111: {text!r}")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ValueError(f"not an address such as :9111, host:9111 or [::1]:9111: {text!r}")
+    return Address(host=host, port=int(port))
+
+
+def _parse_boolean(text: str) -> bool:
+    # strconv.ParseBool's words, since `-keep-alive=true` is Go's spelling.
+    if text.lower() in ("1", "t", "true"):
+        return True
+    if text.lower() in ("0", "f", "false", ""):
+        return False
+    raise ValueError(f"must be true or false, not {text!r}")
+
+
+def _parse_count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise ValueError(f"must be a whole number of 1 or more, not {text!r}")
+    return int(text)
+
+
+def _parse_positive_duration(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise ValueError(f"must be longer than 0, not {text!r}")
+    return seconds
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"must be one of {', '.join(words)}, not {text!r}")
+        return text
+
+    return parse
+
+
+def _read_token_file(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            token = file.read().strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ValueError(f"cannot read {path!r}: {exc}") from None
+    if not token:
+        raise ValueError(f"{path!r} is empty")
+    return token
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """One flag, its environment variable and the Config field that both set."""
+
+    name: str
+    parse: Callable[[str], object]
+    metavar: str  # "" for a boolean
+    help: str
+    field: str = ""
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.name.upper().replace("-", "_")
+
+    @property
+    def target(self) -> str:
+        return self.field or self.name.replace("-", "_")
+
+
+OPTIONS = (
+    Option("addr", parse_address, "ADDR", "listen on ADDR: :9111, host:port, [::1]:port, unix:/path; port 0 picks one"),
+    Option("keep-alive", _parse_boolean, "", "run the remaining arguments (default: /bin/sh) as the main process"),
+    Option("tty", _parse_boolean, "", "give the main process a terminal"),
+    Option("copy-output", _parse_boolean, "", "copy the main process's output to the agent's own (default: true)"),
+    Option("exit-with-main", _parse_boolean, "", "end with the main process, and with its exit code"),
+    Option("stop-timeout", parse_duration, "DURATION", "from SIGTERM to SIGKILL for the main process (default: 10s)"),
+    Option("drain-timeout", parse_duration, "DURATION",
+           "how long output must be quiet after a command has ended while its background children hold the pipe "
+           "(default: 1s)"),
+    Option("kill-timeout", parse_duration, "DURATION",
+           "from SIGHUP to SIGKILL for the commands of a closed connection (default: 2s)"),
+    Option("replay-size", parse_size, "SIZE", "how much output of the main process attach replays (default: 1MiB)"),
+    Option("pid-file", str, "PATH",
+           f"where the main process's PID is written; empty for nowhere (default: {PID_FILE})"),
+    Option("log-level", _one_of("debug", "info", "warn", "error"), "LEVEL",
+           "debug, info, warn or error (default: info)"),
+    Option("log-format", _one_of("text", "json"), "FORMAT", "text or json (default: text)"),
+    Option("token-file", _read_token_file, "PATH",
+           "read the bearer token from PATH; or set SOCKERLESS_AGENT_TOKEN", field="token"),
+    Option("health-cmd", str, "COMMAND", "check health with this shell command, as Docker's HEALTHCHECK does"),
+    Option("health-interval", _parse_positive_duration, "DURATION", "time between two checks (default: 30s)"),
+    Option("health-timeout", _parse_positive_duration, "DURATION", "how long a check may take (default: 30s)"),
+    Option("health-retries", _parse_count, "N", "failures in a row that mean unhealthy (default: 3)"),
+    Option("health-start-period", parse_duration, "DURATION", "failures in this time do not count (default: 0s)"),
+    Option("max-message-size", parse_size, "SIZE", "largest message that is accepted (default: 64MiB)"),
+    Option("max-sessions", _parse_count, "N", "sessions on one connection (default: 1024)"),
+    Option("max-total-sessions", _parse_count, "N", "sessions on all connections (default: 4096)"),
+    Option("stdin-limit", parse_size, "SIZE", "stdin that may wait for one command to read it (default: 256MiB)"),
+    Option("ping-interval", _parse_positive_duration, "DURATION", "time between two pings (default: 20s)"),
+    Option("ping-timeout", _parse_positive_duration, "DURATION",
+           "silence, at the TCP level too, after which a peer counts as gone (default: 60s)"),
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(
+        prog="sockerless-agent",
+        usage="sockerless-agent [flags] [--keep-alive [--] command ...]",
+        description="Run commands in a container over one WebSocket.",
+        epilog="Flags may be written -flag or --flag; each can also be set in the environment as "
+        "SOCKERLESS_AGENT_FLAG, such as SOCKERLESS_AGENT_LOG_LEVEL. Durations are written 500ms, 10s, 1m30s. "
+        "The bearer token is read from SOCKERLESS_AGENT_TOKEN or --token-file.",
+        allow_abbrev=False,
+    )
+    for option in OPTIONS:
+        help_text = option.help.replace("%", "%%")
+        names = (f"-{option.name}", f"--{option.name}")
+        if option.metavar:
+            parser.add_argument(*names, metavar=option.metavar, help=help_text, dest=option.name)
+        else:
+            parser.add_argument(*names, nargs="?", const="true", metavar="BOOL", help=help_text, dest=option.name)
+    parser.add_argument("-version", "--version", action="version", version=f"sockerless-agent {__version__}")
+    return parser
+
+
+def _split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split flags from the main process's command as Go's flag package does.
+
+    Flags end at ``--`` or at the first word that is neither a flag nor the
+    value of one.
+    """
+    takes_value = {option.name for option in OPTIONS if option.metavar}
+    flags: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return flags, words
+        if not word.startswith("-") or word == "-":
+            return flags, [word, *words]
+        if word.lstrip("-") in takes_value and words:
+            # Joined, so that argparse takes a value that starts with a dash.
+            word = f"{word}={words.pop(0)}"
+        flags.append(word)
+    return flags, []
+
+
+def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """Make the Config of a command line and an environment; flags win.
+
+    Raises:
+        ConfigError: if a flag or variable makes no sense; names it.
+        SystemExit: for --help and --version.
+    """
+    flags, command = _split_command(argv)
+    given = vars(_make_parser().parse_args(flags))
+    values: dict[str, Any] = {"token": environ.get("SOCKERLESS_AGENT_TOKEN", "")}
+    for option in OPTIONS:
+        text, source = given[option.name], f"flag --{option.name}"
+        if text is None:
+            text, source = environ.get(option.variable), f"environment variable {option.variable}"
+        if text is None or (text == "" and source.startswith("env") and option.name != "pid-file"):
+            continue
+        try:
+            values[option.target] = option.parse(text)
+        except ValueError as exc:
+            raise ConfigError(f"{source}: {exc}") from None
+    config = Config(**values, command=tuple(command))
+    if command and not config.keep_alive:
+        raise ConfigError(f"a command ({command[0]!r}) needs --keep-alive in front of it")
+    if config.keep_alive and not config.command:
+        config = dataclasses.replace(config, command=("/bin/sh",))
+    if config.tty and not config.keep_alive:
+        raise ConfigError("flag --tty: there is no main process; it needs --keep-alive")
+    if config.exit_with_main and not config.keep_alive:
+        raise ConfigError("flag --exit-with-main: there is no main process; it needs --keep-alive")
+    if any(not char.isprintable() or char == " " for char in config.token):
+        raise ConfigError("the bearer token contains white space or a control character")
+    return config
+
+
+class LogFormatter(logging.Formatter):
+    """One line a record, as text or as JSON, with no secret in it."""
+
+    def __init__(self, style: str, hidden: Iterable[str]) -> None:
+        super().__init__()
+        self.as_json = style == "json"
+        self.hidden = [secret for secret in hidden if secret]
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        when = when.replace("+00:00", "Z")
+        level = "warn" if record.levelno == logging.WARNING else record.levelname.lower()
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
+        for secret in self.hidden:
+            message = message.replace(secret, "[hidden]")
+        extra = {name: getattr(record, name) for name in ("peer", "session") if hasattr(record, name)}
+        if self.as_json:
+            return json.dumps({"time": when, "level": level, "message": message, **extra})
+        fields = "".join(f" {name}={value!r}" for name, value in extra.items())
+        # A message may quote what a peer sent: no line break or escape code gets through.
+        message = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in message)
+        return f"{when} {level:5} {message}{fields}"
+
+
+def set_up_logging(config: Config) -> None:
+    """Send log lines to stderr. A log that cannot be written never stops the agent."""
+    logging.raiseExceptions = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(config.log_format, (config.token, urllib.parse.quote(config.token, safe=""))))
+    level = {"warn": "warning"}.get(config.log_level, config.log_level).upper()
+    root = logging.getLogger("sockerless")
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    root.propagate = False
+    # At DEBUG websockets logs every header and frame, the token among them; at
+    # INFO it repeats what this module logs better.
+    logging.getLogger("sockerless.websockets").setLevel(logging.WARNING)
+
+
+def hide_secrets(hidden: Iterable[str]) -> None:
+    """Overwrite secrets in this process's own environment and argument memory.
+
+    ``unsetenv`` only drops a pointer: /proc/PID/environ and ``ps e`` would go
+    on showing the text to every process of the same user. proc_pid_stat(5)
+    gives the bounds of the memory that they show.
+    """
+    for name in SECRET_VARIABLES:
+        os.environ.pop(name, None)
+    needles = [secret.encode("utf-8", "surrogateescape") for secret in hidden if secret]
+    if not needles:
+        return
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError as exc:
+        log.warning("cannot hide the token from ps and /proc: %s", exc)
+        return
+    for first, last in ((int(fields[45]), int(fields[46])), (int(fields[47]), int(fields[48]))):
+        if not 0 < first < last:
+            continue
+        block = ctypes.string_at(first, last - first)
+        for needle in needles:
+            at = block.find(needle)
+            while at >= 0:
+                ctypes.memset(first + at, ord("*"), len(needle))
+                at = block.find(needle, at + len(needle))
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 3  Replay log
+#    Owns the recent output of one process. Its readers append; each follower
+#    reads through its own Cursor, in its own thread.
+# ══════════════════════════════════════════════════════════════════════════════
+
+READ_SIZE = 256 << 10  # bytes in one read of a busy pipe
+SMALL_CHUNK = 4096  # chunks below this are merged, so that a log of bytes is not a log of objects
+CHUNK_COST = 128  # what one chunk weighs beside its bytes
+PACE_RATE = 50e6  # bytes/s that a process may always write, however slow those who follow it
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replay:
+    """What a cursor read: chunks in true order, and how many bytes were lost before them."""
+
+    chunks: tuple[tuple[Stream, bytes], ...]
+    lost: int
+
+
+class ReplayLog:
+    """A bounded log of one process's stdout and stderr, in the order of their arrival.
+
+    Every byte has an offset, counted from 0 over both streams together. The log
+    keeps at least the last ``capacity`` bytes. The writer never waits for a
+    follower that stands still. A follower that moves but cannot keep up is
+    waited for a little, as long as the process still gets PACE_RATE: enough for
+    every follower that is merely behind on a busy machine, and no more.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        # Guards every attribute below, and the cursors' attributes.
+        self._lock = threading.Lock()
+        self._appended = threading.Condition(self._lock)  # followers wait here
+        self._moved = threading.Condition(self._lock)  # the writer paces itself here
+        self._chunks: collections.deque[tuple[int, Stream, bytes]] = collections.deque()
+        self._cost = 0  # bytes held, and CHUNK_COST for each chunk
+        self._end = 0  # offset of the next byte
+        self._ended = False
+        self._cursors: set[Cursor] = set()
+        self._allowance = 0.0  # seconds that the writer may still wait, see PACE_RATE
+
+    @property
+    def end(self) -> int:
+        """How many bytes have been appended so far."""
+        return self._end
+
+    def wait_for_room(self) -> bool:
+        """Give followers that are about to lose bytes a moment to catch up."""
+        with self._lock:
+            slow = [cursor for cursor in self._cursors if cursor.moving and self._behind(cursor)]
+            if slow and self._allowance > 0.001:
+                before = [cursor.offset for cursor in slow]
+                started = time.monotonic()
+                self._moved.wait_for(lambda: not any(map(self._behind, slow)), self._allowance)
+                self._allowance -= time.monotonic() - started
+                for cursor, offset in zip(slow, before, strict=True):
+                    cursor.moving = cursor.offset > offset
+        return True
+
+    def _behind(self, cursor: Cursor) -> bool:
+        return cursor.offset < self._end + READ_SIZE - self.capacity and cursor.offset < self._end
+
+    def call_when_room(self, callback: Callable[[], None]) -> bool:
+        """The non-blocking half of a sink: a replay log always has room."""
+        return True
+
+    def put(self, stream: Stream, data: bytes) -> None:
+        """Append ``data``; forgets the oldest chunks beyond the capacity."""
+        with self._lock:
+            self._allowance = min(self._allowance + len(data) / PACE_RATE, 0.05)
+            last = self._chunks[-1] if self._chunks else None
+            if last is not None and last[1] is stream and len(last[2]) + len(data) <= SMALL_CHUNK:
+                self._chunks[-1] = (last[0], stream, last[2] + data)
+                self._cost += len(data)
+            else:
+                self._chunks.append((self._end, stream, data))
+                self._cost += len(data) + CHUNK_COST
+            self._end += len(data)
+            while len(self._chunks) > 1 and self._cost - len(self._chunks[0][2]) - CHUNK_COST >= self.capacity:
+                self._cost -= len(self._chunks.popleft()[2]) + CHUNK_COST
+            self._appended.notify_all()
+
+    def finish(self) -> None:
+        """No more bytes will come: followers end once they have read the rest."""
+        with self._lock:
+            self._ended = True
+            self._appended.notify_all()
+
+    def follow(self) -> Cursor:
+        """A new cursor at the oldest byte that the log still holds."""
+        with self._lock:
+            cursor = Cursor(self, self._chunks[0][0] if self._chunks else self._end)
+            self._cursors.add(cursor)
+            return cursor
+
+
+class Cursor:
+    """One follower's place in a ReplayLog. Its attributes are guarded by the log's lock."""
+
+    def __init__(self, replay_log: ReplayLog, offset: int) -> None:
+        self._log = replay_log
+        self.offset = offset  # of the next byte to read
+        self.moving = True  # False once the writer has waited for it in vain
+        self._closed = False
+
+    def read(self, limit: int = READ_SIZE) -> Replay | None:
+        """Wait for the next bytes, about ``limit`` at most; None at the end, or once closed."""
+        source = self._log
+        with source._lock:
+            source._appended.wait_for(lambda: self._closed or source._ended or self.offset < source._end)
+            if self._closed or self.offset >= source._end:
+                source._cursors.discard(self)
+                return None
+            lost = max(source._chunks[0][0] - self.offset, 0)
+            self.offset += lost
+            chunks: list[tuple[Stream, bytes]] = []
+            for at, stream, data in self._unread():
+                chunks.append((stream, data[self.offset - at :] if self.offset > at else data))
+                self.offset = at + len(data)
+                limit -= len(data)
+                if limit <= 0:
+                    break
+            self.moving = True
+            source._moved.notify()
+            return Replay(tuple(chunks), lost)
+
+    def _unread(self) -> Iterator[tuple[int, Stream, bytes]]:
+        """The chunks from the cursor on; found from the end, where cursors mostly are."""
+        chunks = self._log._chunks
+        first = len(chunks)
+        while first > 0 and chunks[first - 1][0] + len(chunks[first - 1][2]) > self.offset:
+            first -= 1
+        for index in range(first, len(chunks)):
+            yield chunks[index]
+
+    def close(self) -> None:
+        """Stop following, from any thread: a waiting read() returns None."""
+        with self._log._lock:
+            self._closed = True
+            self._log._cursors.discard(self)
+            self._log._appended.notify_all()
+            self._log._moved.notify()
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 4  Child processes
+#    Owns posix_spawn, every wait(2), and the search for what a session left
+#    behind. Entered by session threads, and by the reaper thread that it starts.
+# ══════════════════════════════════════════════════════════════════════════════
+
+SESSION_VARIABLE = "SOCKERLESS_AGENT_SESSION"  # marks a child and its descendants, see find_processes()
+
+_libc = ctypes.CDLL(None)
+# <spawn.h>; the values are the same in glibc and musl.
+_POSIX_SPAWN_SETSIGDEF, _POSIX_SPAWN_SETSIGMASK, _POSIX_SPAWN_SETSID = 0x04, 0x08, 0x80
+_SPAWN_STRUCT_SIZE = 512  # posix_spawnattr_t is 336 bytes in both, file actions are 80
+_SIGSET_SIZE = 128
+
+
+class SpawnError(AgentError):
+    """A command that could not be started.
+
+    Attributes:
+        reason: NOT_FOUND, NOT_EXECUTABLE or START_FAILED.
+    """
+
+    def __init__(self, message: str, reason: Reason) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Command:
+    """What to run, resolved: encoded as execve(2) wants it."""
+
+    argv: tuple[bytes, ...]
+    path: bytes
+    env: tuple[bytes, ...]
+    workdir: bytes
+    cookie: bytes  # the SESSION_VARIABLE entry of its environment
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def make_command(
+    cmd: Sequence[str], env: Iterable[str] = (), workdir: str = "", defaults: Mapping[str, str] | None = None
+) -> Command:
+    """Resolve a command: its environment over the agent's own, its path in the PATH of that.
+
+    Args:
+        defaults: variables for where neither ``env`` nor the agent has one.
+
+    Raises:
+        SpawnError: if the command is not found, or not executable.
+    """
+    variables = dict(defaults or ())
+    variables.update(os.environ)
+    for item in env:
+        name, _, value = item.partition("=")
+        variables[name] = value
+    variables.setdefault("PATH", DEFAULT_PATH)
+    # A nested agent's children belong to it and to us: keep both marks apart.
+    cookie = f"{SESSION_VARIABLE}={secrets.token_hex(8)}"
+    variables.pop(SESSION_VARIABLE, None)
+    encoded = tuple(_encode(f"{name}={value}") for name, value in variables.items())
+    return Command(
+        argv=tuple(map(_encode, cmd)),
+        path=_encode(_find_executable(cmd[0], variables["PATH"], workdir)),
+        env=(*encoded, cookie.encode()),
+        workdir=_encode(workdir),
+        cookie=cookie.encode(),
+    )
+
+
+def _find_executable(name: str, search_path: str, workdir: str) -> str:
+    """Look ``name`` up as execvp(3) does, relative directories from ``workdir``."""
+    if "/" in name:
+        return name
+    refused = False
+    for directory in search_path.split(":"):
+        candidate = os.path.join(workdir or ".", directory or ".", name)
+        if os.path.isfile(candidate):
+            if os.access(candidate, os.X_OK):
+                return os.path.abspath(candidate)
+            refused = True
+    if refused:
+        raise SpawnError(f"{name}: not executable: permission denied", Reason.NOT_EXECUTABLE)
+    raise SpawnError(f"{name}: command not found in PATH", Reason.NOT_FOUND)
+
+
+def _explain(command: Command, error: int) -> SpawnError:
+    """Say what an errno of posix_spawn means: it may be the workdir's or the command's."""
+    name = command.argv[0].decode("utf-8", "replace")
+    workdir = command.workdir
+    if workdir and not os.path.isdir(workdir):
+        what = "is not a directory" if os.path.exists(workdir) else "no such directory"
+        return SpawnError(f"{name}: cannot start: working directory {_show(workdir)}: {what}", Reason.START_FAILED)
+    if workdir and not os.access(workdir, os.X_OK):
+        return SpawnError(f"{name}: cannot start: working directory {_show(workdir)}: permission denied",
+                          Reason.START_FAILED)  # fmt: skip
+    path = os.path.join(workdir, command.path)
+    if error in (errno.ENOENT, errno.ENOTDIR):
+        if os.path.isfile(path):
+            return SpawnError(f"{name}: not found: the interpreter that it names is missing", Reason.NOT_FOUND)
+        return SpawnError(f"{name}: command not found: no such file", Reason.NOT_FOUND)
+    if error in (errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.EISDIR, errno.ELOOP, errno.ETXTBSY):
+        detail = "is a directory" if os.path.isdir(path) else os.strerror(error).lower()
+        return SpawnError(f"{name}: not executable: {detail}", Reason.NOT_EXECUTABLE)
+    return SpawnError(f"{name}: cannot start: {os.strerror(error).lower()}", Reason.START_FAILED)
+
+
+def _show(path: bytes) -> str:
+    return repr(path.decode("utf-8", "replace"))
+
+
+class _SpawnAttributes:
+    """posix_spawnattr_t, the same for every child: made once, only read afterwards.
+
+    Each child leads its own session, with no signal blocked and none ignored:
+    Python ignores SIGPIPE, and a mask would be inherited (signal(7)).
+    """
+
+    def __init__(self) -> None:
+        self.struct = ctypes.create_string_buffer(_SPAWN_STRUCT_SIZE)
+        no_signals = ctypes.create_string_buffer(_SIGSET_SIZE)
+        all_signals = ctypes.create_string_buffer(_SIGSET_SIZE)
+        _libc.sigemptyset(no_signals)
+        _libc.sigfillset(all_signals)
+        flags = ctypes.c_short(_POSIX_SPAWN_SETSID | _POSIX_SPAWN_SETSIGDEF | _POSIX_SPAWN_SETSIGMASK)
+        _libc.posix_spawnattr_init(self.struct)
+        _libc.posix_spawnattr_setflags(self.struct, flags)
+        _libc.posix_spawnattr_setsigdefault(self.struct, all_signals)
+        _libc.posix_spawnattr_setsigmask(self.struct, no_signals)
+
+
+_spawn_attributes = _SpawnAttributes()
+
+
+class _FileActions:
+    """posix_spawn_file_actions_t: what the child does to its descriptors, in order."""
+
+    def __init__(self) -> None:
+        self.struct = ctypes.create_string_buffer(_SPAWN_STRUCT_SIZE)
+        self._check(_libc.posix_spawn_file_actions_init(self.struct))
+
+    @staticmethod
+    def _check(error: int) -> None:
+        if error:
+            raise OSError(error, os.strerror(error))
+
+    def dup2(self, source: int, target: int) -> None:
+        self._check(_libc.posix_spawn_file_actions_adddup2(self.struct, source, target))
+
+    def open(self, target: int, path: str, flags: int) -> None:
+        self._check(_libc.posix_spawn_file_actions_addopen(self.struct, target, path.encode(), flags, 0))
+
+    def chdir(self, path: bytes) -> None:
+        try:
+            add = _libc.posix_spawn_file_actions_addchdir_np
+        except AttributeError:
+            raise OSError(errno.ENOSYS, "this C library cannot start a process in another directory") from None
+        self._check(add(self.struct, path))
+
+    def __enter__(self) -> _FileActions:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _libc.posix_spawn_file_actions_destroy(self.struct)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Descriptors:
+    """The child's ends: three descriptors, or a terminal's path instead of them."""
+
+    stdin: int = -1
+    stdout: int = -1
+    stderr: int = -1
+    terminal: str = ""
+
+
+def _posix_spawn(command: Command, descriptors: Descriptors) -> int:
+    """Start ``command`` and return its PID.
+
+    Through ctypes, which unlike os.posix_spawn releases the interpreter lock
+    until the child has called execve, and can set the working directory.
+
+    Raises:
+        SpawnError: if it cannot be started; says why.
+    """
+    argv = (ctypes.c_char_p * (len(command.argv) + 1))(*command.argv, None)
+    env = (ctypes.c_char_p * (len(command.env) + 1))(*command.env, None)
+    pid = ctypes.c_int(0)
+    with _FileActions() as actions:
+        if descriptors.terminal:
+            # A session leader without a terminal that opens one gets it as its
+            # controlling terminal: tty_ioctl(4), POSIX 11.1.3.
+            actions.open(0, descriptors.terminal, os.O_RDWR)
+            actions.dup2(0, 1)
+            actions.dup2(0, 2)
+        else:
+            actions.dup2(descriptors.stdin, 0)
+            actions.dup2(descriptors.stdout, 1)
+            actions.dup2(descriptors.stderr, 2)
+        if command.workdir:
+            actions.chdir(command.workdir)
+        error = _libc.posix_spawn(ctypes.byref(pid), command.path, actions.struct, _spawn_attributes.struct, argv, env)
+    if error:
+        raise _explain(command, error)
+    return pid.value
+
+
+class Child:
+    """A process that this agent started; it leads its own session and process group."""
+
+    def __init__(self, reaper: Reaper, pid: int, cookie: bytes, on_exit: Callable[[int], None]) -> None:
+        self.pid = pid
+        self.cookie = cookie
+        self.exited = threading.Event()
+        self.returncode: int | None = None  # 128+n for signal n; written once, by the reaper
+        self._reaper = reaper
+        self._on_exit = on_exit
+
+    def send_signal(self, number: int, group: int = 0) -> bool:
+        """Send a signal to the child's process group, or to ``group``; False if it has ended.
+
+        Raises:
+            PermissionError: if the group changed to another user.
+        """
+        with self._reaper.holding_pids():
+            if self.returncode is not None:
+                return False
+            try:
+                os.killpg(group or self.pid, number)
+            except ProcessLookupError:
+                return False
+            return True
+
+    def _set_status(self, status: int) -> None:
+        self.returncode = returncode_of(status)
+        self.exited.set()
+        self._on_exit(self.returncode)
+
+
+def returncode_of(status: int) -> int:
+    """The shell's exit code for a wait status: the command's own, or 128+n for signal n."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+class Reaper:
+    """The one thread that waits for children, known and unknown alike.
+
+    So no exit status is stolen, and no zombie stays: as PID 1 the agent inherits
+    every orphan. SIGCHLD wakes it through signal.set_wakeup_fd. That needs no
+    blocked signal mask, which children would inherit.
+    """
+
+    def __init__(self) -> None:
+        # Guards the attributes below. Held during waitpid(WNOHANG) and kill(2),
+        # neither of which blocks, so that no PID is signalled after it was reaped.
+        self._lock = threading.Lock()
+        self._children: dict[int, Child] = {}
+        self._spawning = 0  # spawns under way: their PIDs are not in _children yet
+        self._unclaimed: dict[int, int] = {}  # PID to status, reaped while _spawning > 0
+        self.orphans = 0  # unknown children reaped so far
+
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._wake_write, False)
+        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+
+    def start(self) -> None:
+        """Take over SIGCHLD; only the main thread may (signal.set_wakeup_fd)."""
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # the default would write no wake-up byte
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._thread.start()
+
+    def spawn(self, command: Command, descriptors: Descriptors, on_exit: Callable[[int], None]) -> Child:
+        """Start a command. ``on_exit(returncode)`` is called once, from the reaper thread mostly; it must not block.
+
+        Raises:
+            SpawnError: if it cannot be started.
+        """
+        with self._lock:
+            self._spawning += 1
+        pid = 0
+        try:
+            pid = _posix_spawn(command, descriptors)
+        except OSError as exc:
+            raise SpawnError(f"cannot start: {exc.strerror or exc}", Reason.START_FAILED) from None
+        finally:
+            with self._lock:
+                self._spawning -= 1
+                status = self._claim(pid) if pid else None
+                if self._spawning == 0:
+                    self._unclaimed.clear()
+                if pid:
+                    child = Child(self, pid, command.cookie, on_exit)
+                    if status is None:
+                        self._children[pid] = child
+        if status is not None:
+            child._set_status(status)
+        return child
+
+    def _claim(self, pid: int) -> int | None:
+        """The status of a new child that has been reaped already, if it has been."""
+        status = self._unclaimed.pop(pid, None)
+        if status is None:
+            return None
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return status
+        # The child is still to be reaped: the status was that of an orphan with the same PID.
+        return None
+
+    @contextlib.contextmanager
+    def holding_pids(self) -> Iterator[None]:
+        """No child is reaped meanwhile, so no PID of a known child is free to be reused."""
+        with self._lock:
+            yield
+
+    def _run(self) -> None:
+        while True:
+            try:
+                os.read(self._wake_read, 65536)
+                self._reap()
+            except Exception:
+                log.exception("reaper: unexpected error")
+
+    def _reap(self) -> None:
+        while True:
+            with self._lock:
+                try:
+                    pid, status = os.waitpid(-1, os.WNOHANG)
+                except ChildProcessError:
+                    return
+                if pid == 0:
+                    return
+                child = self._children.pop(pid, None)
+                if child is not None:
+                    # Before the lock is let go: from here on nobody may signal the PID.
+                    child.returncode = returncode_of(status)
+                elif self._spawning:
+                    self._unclaimed[pid] = status
+                else:
+                    self.orphans += 1
+            if child is not None:
+                child._set_status(status)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _ProcessInfo:
+    pid: int
+    parent: int
+    session: int
+    start: int  # in clock ticks after boot: tells a reused PID
+
+
+def _read_process(pid: int) -> _ProcessInfo | None:
+    """One process of /proc that has not ended, see proc_pid_stat(5)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:  # it has gone meanwhile
+        return None
+    if not fields or fields[0] in (b"Z", b"X"):
+        return None
+    return _ProcessInfo(pid, int(fields[1]), int(fields[3]), int(fields[19]))
+
+
+def _has_cookie(pid: int, cookies: Iterable[bytes]) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            environment = file.read()
+    except OSError:  # gone, or another user's
+        return False
+    return any(cookie in environment for cookie in cookies)
+
+
+def find_processes(children: Sequence[Child]) -> set[_ProcessInfo]:
+    """Every living process that these children started, in /proc.
+
+    A process belongs to a child by its session, by an ancestor that belongs to
+    it, or by the mark in its environment: a daemon that called setsid(2) twice
+    and lost its parents is found by the mark.
+    """
+    cookies = [child.cookie for child in children]
+    leaders = {child.pid for child in children if child.returncode is None}
+    own = os.getpid()
+    processes = [
+        process
+        for process in map(_read_process, (int(name) for name in os.listdir("/proc") if name.isdigit()))
+        if process is not None and process.pid != own
+    ]
+    found = {
+        process
+        for process in processes
+        if process.session in leaders or process.pid in leaders or _has_cookie(process.pid, cookies)
+    }
+    pids = {process.pid for process in found}
+    size = -1
+    while size != len(found):
+        size = len(found)
+        found |= {process for process in processes if process.parent in pids}
+        pids = {process.pid for process in found}
+    return found
+
+
+def _signal_process(process: _ProcessInfo, number: int) -> None:
+    """Signal a process, unless its PID belongs to another by now."""
+    try:
+        handle = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    except OSError:  # no pidfds here (old kernels, gVisor): a window of microseconds is left
+        handle = -1
+    try:
+        now = _read_process(process.pid)
+        if now is None or now.start != process.start:
+            return
+        if handle >= 0:
+            signal.pidfd_send_signal(handle, number)
+        else:
+            os.kill(process.pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        log.warning("cannot signal process %d: it belongs to another user", process.pid)
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def end_processes(children: Sequence[Child], grace: float) -> None:
+    """End all that these children started: SIGHUP, and after ``grace`` seconds SIGKILL.
+
+    Blocks until nothing is left. SIGCONT goes along, since a stopped process
+    would not see the SIGHUP; the kernel does the same for an orphaned group.
+    """
+    deadline = time.monotonic() + grace
+    hung_up: set[_ProcessInfo] = set()
+    pause = 0.01
+    while found := find_processes(children):
+        killing = time.monotonic() >= deadline
+        for process in found:
+            if killing:
+                _signal_process(process, signal.SIGKILL)
+            elif process not in hung_up:
+                _signal_process(process, signal.SIGHUP)
+                _signal_process(process, signal.SIGCONT)
+        hung_up |= found
+        if killing and time.monotonic() > deadline + 10:
+            log.error("cannot end processes %s", sorted(process.pid for process in found))
+            return
+        time.sleep(pause)  # processes that are not our children announce no exit
+        pause = min(pause * 1.5, 0.2)
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 5  Pumps
+#    Owns the threads that move bytes between descriptors and queues: a pool of
+#    parked threads, a reader per pipe, one pump for all terminals, a writer per
+#    stdin while something is queued. Knows bytes and callbacks, no sessions.
+# ══════════════════════════════════════════════════════════════════════════════
+
+PIPE_SIZE = 1 << 20  # bytes that a busy pipe is grown to (F_SETPIPE_SZ)
+FIRST_READ = 64 << 10  # bytes in the first read: a new pipe's capacity (pipe(7))
+IDLE_THREAD_LIFE = 10.0  # seconds that a thread stays parked
+DEFAULT_WINDOW = (80, 24)  # columns, rows
+
+
+class ThreadPool:
+    """Threads that are taken from a park and go back to it: ten times cheaper than new ones.
+
+    There is no upper bound: every job may block for as long as a command runs.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _idle
+        self._idle: list[_PoolThread] = []
+
+    def submit(self, job: Callable[..., None], *args: object) -> None:
+        """Run ``job`` in a thread.
+
+        Raises:
+            RuntimeError: if the system refuses another thread.
+        """
+        self.reserve(1)[0].run(job, *args)
+
+    def reserve(self, count: int) -> list[_PoolThread]:
+        """Take threads that wait for run(), so that what needs them cannot fail half-way.
+
+        Raises:
+            RuntimeError: if the system refuses another thread.
+        """
+        with self._lock:
+            taken = [self._idle.pop() for _ in range(min(count, len(self._idle)))]
+        try:
+            while len(taken) < count:
+                taken.append(_PoolThread(self))
+        except RuntimeError:
+            self.release(taken)
+            raise
+        return taken
+
+    def release(self, threads: Iterable[_PoolThread]) -> None:
+        """Park threads that are not needed after all."""
+        for thread in threads:
+            thread.run(lambda: None)
+
+    def _park(self, thread: _PoolThread) -> None:
+        with self._lock:
+            self._idle.append(thread)
+
+    def _retire(self, thread: _PoolThread) -> bool:
+        """Take a thread out of the park for good; False if somebody just reserved it."""
+        with self._lock:
+            if thread not in self._idle:
+                return False
+            self._idle.remove(thread)
+            return True
+
+
+class _PoolThread:
+    """One thread of the pool. It owns itself; the pool's list says who may call run()."""
+
+    def __init__(self, pool: ThreadPool) -> None:
+        self._pool = pool
+        self._jobs: queue.SimpleQueue[tuple[Callable[..., None], tuple[object, ...]]] = queue.SimpleQueue()
+        threading.Thread(target=self._loop, name="pool", daemon=True).start()
+
+    def run(self, job: Callable[..., None], *args: object) -> None:
+        self._jobs.put((job, args))
+
+    def _loop(self) -> None:
+        reserved = True  # a new thread is: reserve() made it
+        while True:
+            try:
+                job, args = self._jobs.get(timeout=None if reserved else IDLE_THREAD_LIFE)
+            except queue.Empty:
+                if self._pool._retire(self):
+                    return
+                reserved = True
+                continue
+            try:
+                job(*args)
+            except Exception:
+                log.exception("unexpected error in a pool thread")
+            del job, args  # a parked thread keeps nothing alive
+            reserved = False
+            self._pool._park(self)
+
+
+class Sink(Protocol):
+    """Where pumps put output: a ReplayLog, or a Channel."""
+
+    def wait_for_room(self) -> bool:
+        """Block until put() is welcome; False once nobody wants the output any more."""
+
+    def call_when_room(self, callback: Callable[[], None]) -> bool:
+        """True if put() is welcome; else ``callback`` is called once when it is, from any thread."""
+
+    def put(self, stream: Stream, data: bytes) -> None:
+        """Take ``data``; never blocks."""
+
+
+class Wakeup:
+    """An eventfd(2) that stays readable once set: it wakes any number of poll(2)s.
+
+    Closed when its last holder lets go, since a descriptor that is closed while
+    another thread polls it may come back as somebody else's.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()  # guards _holders, and fd against close
+        self._holders = 1
+
+    def hold(self) -> bool:
+        """Become a holder; False if it is closed already."""
+        with self._lock:
+            self._holders += self._holders > 0
+            return self._holders > 0
+
+    def set(self) -> None:
+        with self._lock:
+            if self._holders:
+                os.eventfd_write(self.fd, 1)
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0:
+                os.close(self.fd)
+
+
+def read_pipe(
+    fd: int, stream: Stream, sink: Sink, exited: Wakeup, drain_timeout: float, on_end: Callable[[], None]
+) -> None:
+    """Move a pipe's bytes into ``sink`` until it ends, then close it and call ``on_end``.
+
+    It ends at end of file; or, once ``exited`` is set, when the pipe has been
+    quiet for ``drain_timeout`` seconds: a background child may hold it for ever.
+    Holds ``exited``. Runs in a pool thread of its own.
+    """
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    poller.register(exited.fd, select.POLLIN)
+    quiet: float | None = None  # milliseconds
+    size = FIRST_READ
+    try:
+        while True:
+            sink.wait_for_room()
+            events = poller.poll(quiet)
+            if not events:
+                return
+            if quiet is None and any(ready == exited.fd for ready, _ in events):
+                poller.unregister(exited.fd)
+                quiet = drain_timeout * 1000
+                continue
+            data = os.read(fd, size)
+            if not data:
+                return
+            if len(data) == size and size < READ_SIZE:
+                size = READ_SIZE
+                with contextlib.suppress(OSError):  # over the user's quota (pipe(7)): go on with 64 KiB
+                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+            sink.put(stream, data)
+    finally:
+        os.close(fd)
+        exited.release()
+        on_end()
+
+
+class InputOverflow(AgentError):
+    """More stdin is queued than the limit allows: the command does not read it."""
+
+
+class Input:
+    """A child's stdin: takes bytes at once, writes them as the child reads.
+
+    Bytes go straight to the pipe or terminal while it has room; the rest waits
+    in a queue, and a pool thread writes it, one thread as long as there is a rest.
+    """
+
+    def __init__(self, pool: ThreadPool, limit: int) -> None:
+        self.limit = limit  # bytes
+        self._pool = pool
+        # Guards the attributes below. Held during write(2) on a non-blocking
+        # descriptor: that and close(2) must not cross, and never wait.
+        self._lock = threading.Lock()
+        self._queue: collections.deque[BytesLike] = collections.deque()
+        self._queued = 0  # bytes in _queue
+        self._fd = -1  # -1 before open() and once closed
+        self._exited: Wakeup | None = None
+        self._terminal = False
+        self._line_open = False  # a terminal's last byte did not end a line
+        self._ending = False  # close after the queue
+        self._dead = False  # the child is gone: whatever comes is dropped, as in a broken pipe
+        self._writing = False  # a pool thread has the queue
+
+    def open(self, fd: int, exited: Wakeup, terminal: bool = False) -> None:
+        """Start to write to ``fd``, a non-blocking descriptor that now belongs to this object."""
+        with self._lock:
+            self._fd = fd
+            self._exited = exited
+            self._terminal = terminal
+            self._write_some()  # closes at once if the end of input came first
+            start = self._claim_writer()
+        if start:
+            self._start_writer()
+
+    def write(self, data: bytes) -> None:
+        """Queue ``data``.
+
+        Raises:
+            InputOverflow: if the queue is full; nothing of ``data`` is taken.
+        """
+        if not data:
+            return
+        with self._lock:
+            if self._dead or self._ending:
+                return
+            if self._queued + len(data) > self.limit:
+                raise InputOverflow(f"the command has not read its stdin: {self._queued} bytes are waiting, "
+                                    f"and {self.limit} is the limit")  # fmt: skip
+            self._queue.append(data)
+            self._queued += len(data)
+            self._line_open = not data.endswith(b"\n")
+            if not self._writing:
+                self._write_some()
+            start = self._claim_writer()
+        if start:
+            self._start_writer()
+
+    def end(self) -> None:
+        """Close stdin once the queue is written; on a terminal, type its end-of-file character."""
+        with self._lock:
+            if self._dead or self._ending:
+                return
+            self._ending = True
+            if not self._writing:
+                self._write_some()
+            start = self._claim_writer()
+        if start:
+            self._start_writer()
+
+    def discard(self) -> None:
+        """The child is gone: drop what is queued and close."""
+        with self._lock:
+            self._dead = True
+            self._queue.clear()
+            self._queued = 0
+            self._close()
+
+    def _claim_writer(self) -> bool:
+        """Whether the caller must start the writer. Holds the lock."""
+        if self._writing or not self._queue or self._fd < 0 or self._dead:
+            return False
+        assert self._exited is not None
+        self._writing = self._exited.hold()
+        return self._writing
+
+    def _start_writer(self) -> None:
+        try:
+            self._pool.submit(self._write_queue)
+        except RuntimeError as exc:
+            log.error("stdin: no thread to write %d bytes: %s", self._queued, exc)
+            self._stop_writer()
+
+    def _write_queue(self) -> None:
+        """Write as the child reads, until the queue is empty or the child is gone."""
+        assert self._exited is not None
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        poller.register(self._exited.fd, select.POLLIN)
+        try:
+            while True:
+                events = poller.poll()
+                with self._lock:
+                    if any(ready == self._exited.fd for ready, _ in events):
+                        self._dead = True
+                    self._write_some()
+                    if self._dead or not self._queue:
+                        return
+        finally:
+            self._stop_writer()
+
+    def _stop_writer(self) -> None:
+        assert self._exited is not None
+        with self._lock:
+            self._writing = False
+            # What came between the last write and this line is not forgotten.
+            self._write_some()
+            start = self._claim_writer()
+            if self._dead:
+                self._queue.clear()
+                self._queued = 0
+        self._exited.release()
+        if start:
+            self._start_writer()
+
+    def _write_some(self) -> None:
+        """Write without waiting, and close if that was the end. Holds the lock."""
+        while self._queue and self._fd >= 0 and not self._dead:
+            data = self._queue[0]
+            try:
+                count = os.write(self._fd, data)
+            except BlockingIOError:
+                return
+            except OSError:  # EPIPE: nobody reads any more; EIO: the terminal was hung up
+                self._dead = True
+                self._queue.clear()
+                self._queued = 0
+                break
+            self._queued -= count
+            self._queue.popleft()
+            if count < len(data):
+                self._queue.appendleft(memoryview(data)[count:])
+        if self._dead or (self._ending and not self._terminal and not self._queue):
+            self._close()
+        elif self._ending and not self._queue and self._fd >= 0:
+            self._ending = False  # a terminal stays open: more may be typed later
+            keys = self._end_of_file_keys()
+            if keys:
+                self._queue.append(keys)
+                self._queued += len(keys)
+                self._write_some()
+
+    def _end_of_file_keys(self) -> bytes:
+        """End of input as a person types it, termios(3): VEOF ends a line, or the input at a line's start."""
+        try:
+            attributes = termios.tcgetattr(self._fd)
+        except termios.error:
+            return b""
+        if not attributes[3] & termios.ICANON:
+            return b""  # a program that reads raw has no end of input
+        character: bytes = attributes[6][termios.VEOF]
+        keys = character * 2 if self._line_open else character
+        self._line_open = False
+        return keys
+
+    def _close(self) -> None:
+        """Close unless a writer polls the descriptor: then that closes it. Holds the lock."""
+        if self._fd >= 0 and not self._writing:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Terminal:
+    """A pseudo-terminal (pty(7)): the agent keeps the master, a child gets the slave by path."""
+
+    def __init__(self, width: int, height: int) -> None:
+        """Open one, ``width`` columns by ``height`` rows.
+
+        Raises:
+            OSError: if the system has no terminal left.
+        """
+        self.master, self._slave = os.openpty()
+        self.path = os.ttyname(self._slave)
+        # Guards master against close: ioctl(2)s and write(2)s come from any thread, and never wait.
+        self._lock = threading.Lock()
+        os.set_blocking(self.master, False)
+        self.resize(width, height)
+
+    def resize(self, width: int, height: int) -> None:
+        """Set the size and send SIGWINCH to the foreground group, as TIOCSWINSZ does; harmless once closed."""
+        with self._lock:
+            if self.master >= 0:
+                fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+    def foreground_group(self) -> int:
+        """The foreground process group, 0 if there is none."""
+        with self._lock:
+            try:
+                return os.tcgetpgrp(self.master) if self.master >= 0 else 0
+            except OSError:
+                return 0
+
+    def close_slave(self) -> None:
+        """The child has its own by now: from here on its end is seen as EIO on the master."""
+        if self._slave >= 0:
+            os.close(self._slave)
+            self._slave = -1
+
+    def close(self) -> None:
+        self.close_slave()
+        with self._lock:
+            if self.master >= 0:
+                os.close(self.master)
+                self.master = -1
+
+
+@dataclasses.dataclass(slots=True)
+class PumpedTerminal:
+    """What the terminal pump knows about one terminal; only its thread touches it."""
+
+    fd: int
+    sink: Sink
+    on_end: Callable[[], None]
+    drain_timeout: float
+    quiet_after: float | None = None  # monotonic time; set once the child has ended
+    paused: bool = False  # waits for room in its sink: not quiet, only slow
+
+
+class TerminalPump:
+    """One thread that reads every terminal's master side, with a selector."""
+
+    def __init__(self) -> None:
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # run by the thread, in order
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()  # guards _started
+        self._started = False
+        # Only the thread touches these.
+        self._terminals: dict[int, PumpedTerminal] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+
+    def add(self, fd: int, sink: Sink, drain_timeout: float, on_end: Callable[[], None]) -> PumpedTerminal:
+        """Move ``fd``'s bytes into ``sink`` until it ends; then call ``on_end``, which may close it.
+
+        Raises:
+            RuntimeError: if the system refuses the thread.
+        """
+        with self._lock:
+            if not self._started:
+                threading.Thread(target=self._run, name="terminal-pump", daemon=True).start()
+                self._started = True
+        terminal = PumpedTerminal(fd, sink, on_end, drain_timeout)
+        self._order(lambda: self._add(terminal))
+        return terminal
+
+    def drain(self, terminal: PumpedTerminal) -> None:
+        """The child has ended: end once the terminal has been quiet for its drain timeout."""
+        self._order(lambda: self._drain(terminal))
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.put(order)
+        os.eventfd_write(self._wakeup, 1)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                for key, _ in self._selector.select(self._timeout()):
+                    if key.fd == self._wakeup:
+                        self._obey()
+                    else:
+                        self._read(self._terminals[key.fd])
+                self._end_quiet()
+            except Exception:
+                log.exception("terminal pump: unexpected error")
+
+    def _obey(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wakeup)
+        while True:
+            try:
+                order = self._orders.get_nowait()
+            except queue.Empty:
+                return
+            order()
+
+    def _add(self, terminal: PumpedTerminal) -> None:
+        self._terminals[terminal.fd] = terminal
+        self._selector.register(terminal.fd, selectors.EVENT_READ)
+
+    def _drain(self, terminal: PumpedTerminal) -> None:
+        terminal.quiet_after = time.monotonic() + terminal.drain_timeout
+
+    def _timeout(self) -> float | None:
+        times = [
+            terminal.quiet_after
+            for terminal in self._terminals.values()
+            if terminal.quiet_after is not None and not terminal.paused
+        ]
+        return max(min(times) - time.monotonic(), 0) if times else None
+
+    def _read(self, terminal: PumpedTerminal) -> None:
+        if not terminal.sink.call_when_room(lambda: self._order(lambda: self._resume(terminal))):
+            self._selector.unregister(terminal.fd)
+            terminal.paused = True
+            return
+        try:
+            data = os.read(terminal.fd, FIRST_READ)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: the last slave was closed, which is a terminal's end of file
+            data = b""
+        if not data:
+            self._end(terminal)
+            return
+        if terminal.quiet_after is not None:
+            terminal.quiet_after = time.monotonic() + terminal.drain_timeout
+        terminal.sink.put(Stream.STDOUT, data)
+
+    def _resume(self, terminal: PumpedTerminal) -> None:
+        if terminal.paused:
+            terminal.paused = False
+            self._selector.register(terminal.fd, selectors.EVENT_READ)
+            if terminal.quiet_after is not None:
+                terminal.quiet_after = time.monotonic() + terminal.drain_timeout
+
+    def _end_quiet(self) -> None:
+        now = time.monotonic()
+        for terminal in list(self._terminals.values()):
+            if terminal.quiet_after is not None and now >= terminal.quiet_after and not terminal.paused:
+                self._end(terminal)
+
+    def _end(self, terminal: PumpedTerminal) -> None:
+        self._selector.unregister(terminal.fd)
+        del self._terminals[terminal.fd]
+        terminal.on_end()
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 6  Outgoing queue
+#    Owns what waits to be sent on one connection. Pumps and sessions put into
+#    it; the connection's writer thread alone takes out. No I/O.
+# ══════════════════════════════════════════════════════════════════════════════
+
+CHANNEL_LIMIT = 1 << 20  # bytes of one session that may wait, if there are few sessions
+CHANNEL_MINIMUM = 64 << 10  # and if there are very many
+OUTBOX_LIMIT = 64 << 20  # bytes of all sessions of a connection that may wait, about
+FRAME_LIMIT = 1 << 20  # bytes of output in one data frame
+BATCH_SIZE = 256 << 10  # bytes that are worth a system call of their own
+
+
+class Channel:
+    """One session's messages on their way to one connection, in their order: a Sink.
+
+    Bytes that wait are sent as one frame: a deployed Go backend drops what
+    exceeds 64 messages a session.
+    """
+
+    def __init__(self, outbox: Outbox, session_id: str) -> None:
+        self._outbox = outbox
+        self._prefixes = {stream: data_prefix(stream, session_id) for stream in Stream}
+        # Guarded by the outbox's lock, as is everything in an outbox.
+        self._entries: collections.deque[tuple[Stream | None, bytes]] = collections.deque()
+        self._size = 0  # bytes in _entries
+        self._room = threading.Condition(outbox._lock)
+        self._on_room: Callable[[], None] | None = None
+
+    def wait_for_room(self) -> bool:
+        outbox = self._outbox
+        with outbox._lock:
+            self._room.wait_for(lambda: outbox._closed or self._size < outbox._channel_limit())
+            return not outbox._closed
+
+    def call_when_room(self, callback: Callable[[], None]) -> bool:
+        outbox = self._outbox
+        with outbox._lock:
+            if outbox._closed or self._size < outbox._channel_limit():
+                return True
+            self._on_room = callback
+            return False
+
+    def put(self, stream: Stream, data: bytes) -> None:
+        """Queue output; dropped if the connection is closed."""
+        self._append(stream, data)
+
+    def send(self, message: Request | Event) -> None:
+        """Queue a message behind what the session has queued so far."""
+        self._append(None, encode(message))
+
+    def _append(self, stream: Stream | None, data: bytes) -> None:
+        outbox = self._outbox
+        with outbox._lock:
+            if outbox._closed:
+                return
+            if not self._entries:
+                outbox._ready.append(self)
+            self._entries.append((stream, data))
+            self._size += len(data)
+            outbox._work.notify()
+
+    def _take_turn(self) -> _Turn:
+        """Take as much as makes one frame. Holds the outbox's lock."""
+        stream, data = self._entries.popleft()
+        chunks, size = [data], len(data)
+        if stream is not None:
+            while self._entries and self._entries[0][0] is stream and size + len(self._entries[0][1]) <= FRAME_LIMIT:
+                data = self._entries.popleft()[1]
+                chunks.append(data)
+                size += len(data)
+        self._size -= size
+        self._room.notify_all()
+        return _Turn(chunks, size, self._prefixes[stream] if stream is not None else None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Turn:
+    """What one channel sends in one frame."""
+
+    chunks: list[bytes]
+    size: int
+    prefix: bytes | None  # of a data message; None for a message that is encoded already
+
+    def frame(self, masked: bool) -> list[BytesLike]:
+        data = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        payload = [data] if self.prefix is None else encode_data(self.prefix, data)
+        return make_frame(Opcode.TEXT, payload, masked)
+
+
+class Outbox:
+    """Everything that waits to be sent on one connection.
+
+    Control frames and messages without a session go first. Then sessions take
+    turns of one frame each, so that a flood of one delays another by a frame.
+    """
+
+    def __init__(self, masked: bool) -> None:
+        self.masked = masked  # the client's side masks its frames
+        # Guards everything here and in the channels. Held for no I/O and no callback.
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # the writer waits here
+        self._idle = threading.Condition(self._lock)  # flush() waits here
+        self._frames: collections.deque[bytes] = collections.deque()  # ready for the socket; b"" closes our side
+        self._frames_size = 0
+        self._ready: collections.deque[Channel] = collections.deque()  # channels with entries, each once
+        self._taken = False  # the writer is sending
+        self._closed = False  # no more messages are taken
+        self._ended = False  # nothing is: the socket is closed
+
+    def _channel_limit(self) -> int:
+        return max(CHANNEL_MINIMUM, min(CHANNEL_LIMIT, OUTBOX_LIMIT // (len(self._ready) or 1)))
+
+    def push_frame(self, frame: bytes) -> None:
+        """Queue a control frame that websockets made, or the end of the stream (b"")."""
+        with self._lock:
+            if self._ended:
+                return
+            # RFC 6455 §5.5.3: only the latest ping needs an answer. A peer that
+            # pings and never reads must not fill the memory.
+            if frame[:1] == b"\x8a" and self._frames and self._frames[-1][:1] == b"\x8a":
+                self._frames_size -= len(self._frames.pop())
+            self._frames.append(frame)
+            self._frames_size += len(frame)
+            self._work.notify()
+
+    def send(self, message: Request | Event) -> None:
+        """Queue a message ahead of every session's output; dropped if the connection is closed."""
+        frame = b"".join(make_frame(Opcode.TEXT, [encode(message)], self.masked))
+        with self._lock:
+            if not self._closed:
+                self._frames.append(frame)
+                self._frames_size += len(frame)
+                self._work.notify()
+
+    def wait_for_calm(self, limit: int) -> None:
+        """Block while more than ``limit`` bytes of messages without a session wait."""
+        with self._lock:
+            self._idle.wait_for(lambda: self._closed or self._frames_size <= limit)
+
+    def stop(self) -> None:
+        """The closing handshake has begun: whatever is not sent yet no longer will be."""
+        with self._lock:
+            callbacks = self._stop()
+        for callback in callbacks:
+            callback()
+
+    def _stop(self) -> list[Callable[[], None]]:
+        if self._closed:
+            return []
+        self._closed = True
+        waiting = list(self._ready)
+        for channel in waiting:
+            channel._entries.clear()
+            channel._size = 0
+            channel._room.notify_all()
+        self._ready.clear()
+        self._idle.notify_all()
+        return [channel._on_room for channel in waiting if channel._on_room is not None]
+
+    def end(self) -> None:
+        """The socket is closed: drop everything, let everybody go."""
+        with self._lock:
+            callbacks = self._stop()
+            self._ended = True
+            self._frames.clear()
+            self._frames_size = 0
+            self._work.notify_all()
+            self._idle.notify_all()
+        for callback in callbacks:
+            callback()
+
+    def take(self) -> list[bytes | _Turn] | None:
+        """Wait for work and take a batch of it; None once ended. For the writer alone."""
+        with self._lock:
+            self._taken = False
+            self._idle.notify_all()
+            self._work.wait_for(lambda: self._ended or self._frames or self._ready)
+            if self._ended:
+                return None
+            self._taken = True
+            batch: list[bytes | _Turn] = list(self._frames)
+            size = self._frames_size
+            self._frames.clear()
+            self._frames_size = 0
+            callbacks = []
+            while self._ready and size < BATCH_SIZE:
+                channel = self._ready.popleft()
+                turn = channel._take_turn()
+                batch.append(turn)
+                size += turn.size
+                if channel._entries:
+                    self._ready.append(channel)
+                if channel._on_room is not None:
+                    callbacks.append(channel._on_room)
+                    channel._on_room = None
+        for callback in callbacks:
+            callback()
+        return batch
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything was handed to the kernel; False if it was not in ``timeout`` seconds."""
+        with self._lock:
+            done = self._idle.wait_for(
+                lambda: self._closed or not (self._frames or self._ready or self._taken), timeout
+            )
+            return done and not self._closed
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 7  Sessions
+#    Owns what a client started: processes with their pumps, exec and attach
+#    sessions, the main process. Entered by the connection threads (requests),
+#    pool threads (start, pump) and the reaper (exit); none of them ever waits
+#    for a command here.
+# ══════════════════════════════════════════════════════════════════════════════
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Runtime:
+    """What everything needs that starts processes; made once."""
+
+    config: Config
+    pool: ThreadPool
+    reaper: Reaper
+    terminals: TerminalPump
+
+    def end_later(self, children: Sequence[Child]) -> None:
+        """End what these children started, without waiting for it."""
+        if not children:
+            return
+        try:
+            self.pool.submit(end_processes, children, self.config.kill_timeout)
+        except RuntimeError:  # no thread to be had: no grace either
+            for child in children:
+                with contextlib.suppress(PermissionError):
+                    child.send_signal(signal.SIGKILL)
+
+
+class ProcessState(enum.Enum):
+    """A process's life; each state is left for the next one only."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    DRAINING = "draining"  # it has ended, its output has not
+    EXITED = "exited"
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe's read and write end; each is closed with its stack."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    reader.callback(os.close, read_end)
+    writer.callback(os.close, write_end)
+    return read_end, write_end
+
+
+class Process:
+    """A child with its pumps: output goes to a sink, input comes from :attr:`input`.
+
+    ``on_exit(code)`` is called when the process has ended, ``on_finished(code)``
+    when all its output is in the sink too; each once, in this order, from
+    whichever thread sees it, and they must not block.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        sink: Sink,
+        on_finished: Callable[[int], None],
+        on_exit: Callable[[int], None] = lambda code: None,
+        tty: bool = False,
+    ) -> None:
+        self.tty = tty
+        self.input = Input(runtime.pool, runtime.config.stdin_limit)
+        self._runtime = runtime
+        self._sink = sink
+        self._on_finished = on_finished
+        self._on_exit = on_exit
+        self._exited = Wakeup()  # wakes the pumps; this object is one of its holders until EXITED
+        self._stdout = -1  # for pump(), set by start()
+        # Guards the attributes below.
+        self._lock = threading.Lock()
+        self._state = ProcessState.STARTING
+        self._child: Child | None = None
+        self._terminal: Terminal | None = None
+        self._pumped: PumpedTerminal | None = None
+        self._size = DEFAULT_WINDOW  # until the terminal exists
+        self._early_signals: list[int] = []  # sent before the child exists
+        self._abandoned = False  # end() came before the child exists
+        self._open_outputs = 1 if tty else 2
+        self._code: int | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process's PID, 0 before it has started."""
+        return self._child.pid if self._child is not None else 0
+
+    def start(self, command: Command) -> None:
+        """Start the process. Output flows once pump() is called, too.
+
+        Raises:
+            SpawnError: if it cannot be started; nothing is left behind then.
+        """
+        try:
+            if self.tty:
+                self._start_on_terminal(command)
+            else:
+                self._start_on_pipes(command)
+        except (OSError, RuntimeError) as exc:  # no descriptor, terminal or thread left
+            self._exited.release()
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+            name = command.argv[0].decode("utf-8", "replace")
+            raise SpawnError(f"{name}: cannot start: {reason.lower()}", Reason.START_FAILED) from None
+        except SpawnError:
+            self._exited.release()
+            raise
+        self._become_running()
+
+    def _start_on_pipes(self, command: Command) -> None:
+        with contextlib.ExitStack() as undo:
+            (thread,) = self._runtime.pool.reserve(1)
+            undo.callback(self._runtime.pool.release, [thread])
+            # The child's ends are closed here whether it could be started or not.
+            with contextlib.ExitStack() as closing:
+                child_stdin, stdin = _pipe(closing, undo)
+                stdout, child_stdout = _pipe(undo, closing)
+                stderr, child_stderr = _pipe(undo, closing)
+                descriptors = Descriptors(child_stdin, child_stdout, child_stderr)
+                child = self._runtime.reaper.spawn(command, descriptors, self._child_exited)
+            undo.pop_all()
+        with self._lock:
+            self._child = child
+        self._stdout = stdout
+        os.set_blocking(stdin, False)
+        self.input.open(stdin, self._exited)
+        self._exited.hold()
+        thread.run(self._read, stderr, Stream.STDERR)
+
+    def _start_on_terminal(self, command: Command) -> None:
+        with self._lock:
+            size = self._size
+        terminal = Terminal(*size)
+        with contextlib.ExitStack() as undo:
+            undo.callback(terminal.close)
+            keyboard = os.dup(terminal.master)
+            undo.callback(os.close, keyboard)
+            with self._lock:
+                self._terminal = terminal
+                size = self._size
+            terminal.resize(*size)  # a resize that came meanwhile
+            child = self._runtime.reaper.spawn(command, Descriptors(terminal=terminal.path), self._child_exited)
+            undo.pop_all()
+        with self._lock:
+            self._child = child
+        self.input.open(keyboard, self._exited, terminal=True)
+        terminal.close_slave()
+        drain_timeout = self._runtime.config.drain_timeout
+        pumped = self._runtime.terminals.add(terminal.master, self._sink, drain_timeout, self._output_ended)
+        with self._lock:
+            self._pumped = pumped
+            exited = self._code is not None
+        if exited:
+            self._runtime.terminals.drain(pumped)
+
+    def _become_running(self) -> None:
+        with self._lock:
+            if self._state is ProcessState.STARTING:
+                self._state = ProcessState.RUNNING
+            early, self._early_signals = self._early_signals, []
+            child, abandoned = self._child, self._abandoned
+        assert child is not None
+        for number in early:
+            self.send_signal(number)
+        if abandoned:
+            self._runtime.end_later([child])
+
+    def pump(self) -> None:
+        """Move stdout until it ends; the caller's thread becomes its reader. On a terminal, return at once."""
+        if not self.tty:
+            self._exited.hold()
+            self._read(self._stdout, Stream.STDOUT)
+
+    def _read(self, fd: int, stream: Stream) -> None:
+        read_pipe(fd, stream, self._sink, self._exited, self._runtime.config.drain_timeout, self._output_ended)
+
+    def send_signal(self, number: int) -> None:
+        """Signal the process group; on a terminal its foreground group, as the terminal would.
+
+        HUP, TERM and KILL, which no key sends, go to the process's own group
+        too. Harmless once it has ended.
+
+        Raises:
+            PermissionError: if the process changed to another user.
+        """
+        with self._lock:
+            child, terminal = self._child, self._terminal
+            if child is None:
+                self._early_signals.append(number)
+                return
+        group = terminal.foreground_group() if terminal is not None else 0
+        if group and group != child.pid:
+            child.send_signal(number, group)
+            if number not in (signal.SIGHUP, signal.SIGTERM, signal.SIGKILL):
+                return
+        child.send_signal(number)
+
+    def resize(self, width: int, height: int) -> None:
+        """Set the terminal's size, before the start too; harmless without a terminal."""
+        with self._lock:
+            self._size = (width, height)
+            terminal = self._terminal
+        if terminal is not None:
+            terminal.resize(width, height)
+
+    def abandon(self) -> Child | None:
+        """The child whose processes the caller must end; None if there is none to end (yet: then it is seen to)."""
+        with self._lock:
+            self._abandoned = True
+            return self._child if self._state is not ProcessState.EXITED else None
+
+    def _child_exited(self, code: int) -> None:
+        with self._lock:
+            self._code = code
+            self._state = ProcessState.DRAINING
+            pumped = self._pumped
+        self._on_exit(code)
+        self._exited.set()
+        if pumped is not None:
+            self._runtime.terminals.drain(pumped)
+        self._maybe_finish()
+
+    def _output_ended(self) -> None:
+        with self._lock:
+            self._open_outputs -= 1
+        self._maybe_finish()
+
+    def _maybe_finish(self) -> None:
+        with self._lock:
+            if self._code is None or self._open_outputs or self._state is ProcessState.EXITED:
+                return
+            self._state = ProcessState.EXITED
+            terminal = self._terminal
+        self.input.discard()
+        if terminal is not None:
+            terminal.close()
+        self._exited.release()
+        self._on_finished(self._code)
+
+
+class SessionHost(Protocol):
+    """What a session needs of the connection that it belongs to."""
+
+    def open_channel(self, session_id: str) -> Channel: ...
+
+    def forget(self, session: Session) -> None:
+        """The session has ended: its id is free again."""
+
+    def send(self, message: Event) -> None: ...
+
+
+class Session(Protocol):
+    """What a connection can do with a session, whatever its kind. Nothing here blocks."""
+
+    id: str
+
+    def write(self, data: bytes) -> None: ...
+
+    def end_input(self) -> None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def resize(self, width: int, height: int) -> None: ...
+
+    def leave(self) -> Child | None:
+        """The connection is gone; the child, if any, whose processes are to be ended with it."""
+
+
+class ExecSession:
+    """A command that a client started."""
+
+    def __init__(self, runtime: Runtime, host: SessionHost, request: Exec) -> None:
+        self.id = request.id
+        self._request = request
+        self._host = host
+        self._channel = host.open_channel(request.id)
+        self._process = Process(runtime, self._channel, self._finished, tty=request.tty)
+
+    def run(self) -> None:
+        """Start the command and read its stdout, in a pool thread."""
+        request = self._request
+        try:
+            # As Docker does: a terminal has a TERM, and the request's or the image's wins.
+            defaults = {"TERM": "xterm"} if request.tty else None
+            command = make_command(request.cmd, request.env, request.workdir, defaults)
+            self._process.start(command)
+        except SpawnError as exc:
+            self._host.forget(self)
+            self._channel.send(Error(self.id, str(exc), exc.reason))
+            log.info("exec failed: %s", exc, extra={"session": self.id})
+            return
+        log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0], extra={"session": self.id})
+        self._process.pump()
+
+    def _finished(self, code: int) -> None:
+        log.info("exec ended: exit code %d", code, extra={"session": self.id})
+        self._host.forget(self)
+        self._channel.send(Exit(self.id, code))
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._process.input.write(data)
+        except InputOverflow as exc:
+            # Version 1 has no flow control. A gap in stdin would be silent
+            # damage, so the command ends, and its client is told why.
+            self._host.send(Error(self.id, f"stdin: {exc}; the command is killed", Reason.STDIN_OVERFLOW))
+            log.warning("exec killed: %s", exc, extra={"session": self.id})
+            self._process.input.discard()
+            self._process.send_signal(signal.SIGKILL)
+
+    def end_input(self) -> None:
+        self._process.input.end()
+
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def resize(self, width: int, height: int) -> None:
+        self._process.resize(width, height)
+
+    def leave(self) -> Child | None:
+        return self._process.abandon()
+
+
+class MainProcess:
+    """The long-running process of keep-alive mode, with the log that attach replays."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.log = ReplayLog(runtime.config.replay_size)
+        self.exited = threading.Event()  # the process has ended
+        self.finished = threading.Event()  # and all its output is in the log
+        self.code: int | None = None  # written once, before exited is set
+        self._runtime = runtime
+        self._pid_file = runtime.config.pid_file
+        self._process = Process(runtime, self.log, self._on_finished, self._on_exit, runtime.config.tty)
+        self._exit_callbacks: list[Callable[[], None]] = []  # not changed after start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def input(self) -> Input:
+        return self._process.input
+
+    @property
+    def tty(self) -> bool:
+        return self._process.tty
+
+    def start(self) -> None:
+        """Start it.
+
+        Raises:
+            SpawnError: if it cannot be started.
+        """
+        config = self._runtime.config
+        defaults = {"TERM": "xterm"} if config.tty else None
+        (thread,) = self._runtime.pool.reserve(1)
+        try:
+            self._process.start(make_command(config.command, defaults=defaults))
+        except SpawnError:
+            self._runtime.pool.release([thread])
+            raise
+        self._write_pid_file()
+        if self.exited.is_set():  # it may have ended before its PID was written
+            self._remove_pid_file()
+        log.info("main process started: pid %d, %s", self.pid, config.command[0])
+        thread.run(self._process.pump)
+
+    def call_on_exit(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when the process ends; before start() only."""
+        self._exit_callbacks.append(callback)
+
+    def send_signal(self, number: int) -> None:
+        """Signal the process, see :meth:`Process.send_signal`."""
+        self._process.send_signal(number)
+
+    def resize(self, width: int, height: int) -> None:
+        self._process.resize(width, height)
+
+    def end(self, grace: float) -> None:
+        """End it and all that it started: SIGHUP, and after ``grace`` seconds SIGKILL. Blocks."""
+        child = self._process._child
+        if child is not None:
+            end_processes([child], grace)
+
+    def _on_exit(self, code: int) -> None:
+        self.code = code
+        log.info("main process ended: exit code %d", code)
+        self._remove_pid_file()
+        self.exited.set()
+        for callback in self._exit_callbacks:
+            callback()
+
+    def _on_finished(self, code: int) -> None:
+        self.log.finish()
+        self.finished.set()
+
+    def _write_pid_file(self) -> None:
+        """Write the PID file; by rename(2), which follows no link that somebody put there."""
+        path = self._pid_file
+        if not path:
+            return
+        temporary = f"{path}.{secrets.token_hex(4)}"
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                os.write(fd, str(self.pid).encode())
+            finally:
+                os.close(fd)
+            os.rename(temporary, path)
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            log.warning("cannot write the PID file %s: %s", path, exc.strerror)
+
+    def _remove_pid_file(self) -> None:
+        try:
+            fd = os.open(self._pid_file or os.devnull, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                ours = os.read(fd, 32) == str(self.pid).encode()
+            finally:
+                os.close(fd)
+            if ours:
+                os.unlink(self._pid_file)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            log.warning("cannot remove the PID file %s: %s", self._pid_file, exc.strerror)
+
+
+def describe_loss(lost: int, capacity: int) -> bytes:
+    """What a follower that fell behind reads in place of the bytes it lost."""
+    return (
+        f"\r\nsockerless-agent: {lost} bytes of output are missing here: "
+        f"this reader fell behind by more than the replay size ({capacity} bytes)\r\n"
+    ).encode()
+
+
+class AttachSession:
+    """One client's view of the main process: replay, live output, exit code."""
+
+    def __init__(self, host: SessionHost, request: Attach, main: MainProcess) -> None:
+        self.id = request.id
+        self._host = host
+        self._main = main
+        self._channel = host.open_channel(request.id)
+        self._cursor = main.log.follow()
+
+    def run(self) -> None:
+        """Copy the log to the client until it ends or the client leaves, in a pool thread."""
+        log.info("attach started", extra={"session": self.id})
+        while self._channel.wait_for_room() and (part := self._cursor.read()) is not None:
+            if part.lost:
+                self._report_loss(part.lost)
+            for stream, data in part.chunks:
+                self._channel.put(stream, data)
+        self._cursor.close()
+        self._host.forget(self)
+        code = self._main.code
+        if code is not None:  # else the client has left, and the main process goes on
+            self._channel.send(Exit(self.id, code))
+        log.info("attach ended", extra={"session": self.id})
+
+    def _report_loss(self, lost: int) -> None:
+        log.warning("attach lost %d bytes: the client reads too slowly", lost, extra={"session": self.id})
+        stream = Stream.STDOUT if self._main.tty else Stream.STDERR
+        self._channel.send(Output(self.id, stream, describe_loss(lost, self._main.log.capacity), lost))
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._main.input.write(data)
+        except InputOverflow as exc:
+            self._host.send(Error(self.id, f"stdin: {exc}; {len(data)} bytes were refused", Reason.STDIN_OVERFLOW))
+
+    def end_input(self) -> None:
+        self._main.input.end()
+
+    def send_signal(self, number: int) -> None:
+        self._main.send_signal(number)
+
+    def resize(self, width: int, height: int) -> None:
+        self._main.resize(width, height)
+
+    def leave(self) -> Child | None:
+        self._cursor.close()
+        return None
+
+
+class OutputCopier:
+    """Copies the main process's output to the agent's own, where the platform collects logs.
+
+    It is one more follower of the replay log: a log collector that stands
+    still stops neither the main process nor those who attach to it.
+    """
+
+    def __init__(self, main: MainProcess) -> None:
+        self.finished = threading.Event()
+        self._main = main
+        self._cursor = main.log.follow()
+
+    def run(self) -> None:
+        """Copy until the output ends or nobody reads it, in a pool thread."""
+        try:
+            while (part := self._cursor.read()) is not None:
+                if part.lost:
+                    self._write(Stream.STDERR, describe_loss(part.lost, self._main.log.capacity))
+                for stream, data in part.chunks:
+                    self._write(stream, data)
+        except OSError as exc:
+            log.warning("the main process's output is no longer copied: %s", exc.strerror)
+            self._cursor.close()
+        finally:
+            self.finished.set()
+
+    @staticmethod
+    def _write(stream: Stream, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(stream, view) :]
+            except BlockingIOError:  # whoever shares it made it non-blocking
+                select.select((), (stream,), ())
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 8  Health checks
+#    Owns the periodic check of Docker's HEALTHCHECK. One thread runs it; any
+#    thread may ask for its state.
+# ══════════════════════════════════════════════════════════════════════════════
+
+HEALTH_OUTPUT = 4096  # bytes of a check's output that are kept, as Docker does
+HEALTH_RESULTS = 5  # results that are kept, as Docker does
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HealthResult:
+    """One check. Times are Unix times; the exit code is -1 if it took too long or could not start."""
+
+    start: float
+    end: float
+    exit_code: int
+    output: str
+
+    def describe(self) -> dict[str, object]:
+        """The result as Docker's API writes it."""
+        start, end = (
+            datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat().replace("+00:00", "Z")
+            for moment in (self.start, self.end)
+        )
+        return {"Start": start, "End": end, "ExitCode": self.exit_code, "Output": self.output}
+
+
+class _FirstBytes:
+    """A sink that keeps the first HEALTH_OUTPUT bytes and drops the rest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _data: stdout and stderr have a reader each
+        self._data = b""
+
+    def wait_for_room(self) -> bool:
+        return True
+
+    def call_when_room(self, callback: Callable[[], None]) -> bool:
+        return True
+
+    def put(self, stream: Stream, data: bytes) -> None:
+        with self._lock:
+            self._data += data[: HEALTH_OUTPUT - len(self._data)]
+
+    def text(self) -> str:
+        with self._lock:
+            return self._data.decode("utf-8", "replace")
+
+
+class HealthChecker:
+    """Runs the health command at intervals and keeps its verdict.
+
+    ``starting`` until the first success, or until ``health_retries`` failures
+    in a row. Failures in the start period do not count, unless a success has
+    ended it (https://docs.docker.com/reference/dockerfile/#healthcheck).
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._started = time.monotonic()
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()  # guards the attributes below
+        self._status = "starting"
+        self._streak = 0  # failures in a row that count
+        self._results: collections.deque[HealthResult] = collections.deque(maxlen=HEALTH_RESULTS)
+
+    def run(self) -> None:
+        """Check until stopped, in a pool thread."""
+        while not self._stopped.wait(self._runtime.config.health_interval):
+            self._judge(self._check())
+
+    def stop(self) -> None:
+        """Check no more: the main process has ended, or the agent ends."""
+        self._stopped.set()
+
+    def describe(self) -> dict[str, object]:
+        """The state for ``/health``."""
+        with self._lock:
+            return {
+                "status": self._status,
+                "failingStreak": self._streak,
+                "log": [result.describe() for result in self._results],
+            }
+
+    def _check(self) -> HealthResult:
+        config = self._runtime.config
+        start = time.time()
+        output = _FirstBytes()
+        finished = threading.Event()
+        codes: list[int] = []
+
+        def on_finished(code: int) -> None:
+            codes.append(code)
+            finished.set()
+
+        process = Process(self._runtime, output, on_finished)
+        try:
+            process.start(make_command(("/bin/sh", "-c", config.health_cmd)))
+            process.input.end()
+            self._runtime.pool.submit(process.pump)
+        except (SpawnError, RuntimeError) as exc:
+            return HealthResult(start, time.time(), -1, f"Health check could not start: {exc}")
+        if finished.wait(config.health_timeout):
+            return HealthResult(start, time.time(), codes[0], output.text())
+        child = process.abandon()
+        if child is not None:
+            end_processes([child], grace=0)
+        seconds = f"{config.health_timeout:g}"
+        return HealthResult(start, time.time(), -1, f"Health check exceeded timeout ({seconds}s)")
+
+    def _judge(self, result: HealthResult) -> None:
+        config = self._runtime.config
+        with self._lock:
+            before = self._status
+            self._results.append(result)
+            if result.exit_code == 0:
+                self._status, self._streak = "healthy", 0
+            elif before != "starting" or time.monotonic() - self._started >= config.health_start_period:
+                self._streak += 1
+                if self._streak >= config.health_retries:
+                    self._status = "unhealthy"
+            after = self._status
+        if after != before:
+            log.info("health: %s, was %s (exit code %d)", after, before, result.exit_code)
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 9  Connection
+#    Owns one WebSocket peer each, whichever side dialled. Threads: the library's
+#    receiver, which answers pings; the connection thread, which dispatches; the
+#    writer, the only one that sends. One heartbeat thread watches them all.
+# ══════════════════════════════════════════════════════════════════════════════
+
+CLOSE_TIMEOUT = 3.0  # seconds for the closing handshake
+BACKLOG_LIMIT = 4 << 20  # bytes of error replies that may wait for a peer that does not read them
+REMEMBERED_IDS = 4096  # ended sessions whose late messages are expected
+IOV_MAX = 1024  # buffers in one sendmsg(2), see <limits.h>
+
+
+class QueuedConnection(WebSocket):
+    """A websockets connection whose sending never blocks its receiving.
+
+    The library's send() holds protocol_mutex while it is in socket.sendall(),
+    and its receiver needs that mutex for every frame: with a peer that is slow
+    to read, no ping would be answered and no signal delivered, and two peers
+    that both stream would stop for ever. Here send_data(), which the library
+    calls with the mutex held, only queues; the writer thread sends.
+
+    Relies on: send_data() being the only place that writes to the socket;
+    protocol.data_to_send(), protocol_mutex, close_socket(), process_event().
+    tests/system/test_library.py fails if a release changes one of them.
+    """
+
+    recv_bufsize = 256 << 10
+    masked = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.outbox = Outbox(self.masked)
+        self.last_received = time.monotonic()  # written by the receiver alone
+        self._writing = False  # guarded by protocol_mutex; once True, only the writer sends
+        super().__init__(*args, **kwargs)
+
+    def start_writer(self, pool: ThreadPool) -> None:
+        """Send from a thread of ``pool`` from now on; call it right after the handshake.
+
+        Raises:
+            RuntimeError: if the system refuses the thread.
+        """
+        (thread,) = pool.reserve(1)
+        with self.protocol_mutex:
+            self._writing = True
+        thread.run(self._write)
+
+    def send_data(self) -> None:
+        for data in self.data_to_send():
+            if self._writing:
+                self.outbox.push_frame(data)
+            elif data:  # the handshake: a few bytes that always fit the socket's buffer
+                self.socket.sendall(data)
+            else:
+                with contextlib.suppress(OSError):  # closed already
+                    self.socket.shutdown(socket.SHUT_WR)
+        if self._writing and self.protocol.state is not OPEN:
+            self.outbox.stop()  # RFC 6455 §5.5.1: no data frame after a close frame
+
+    def data_to_send(self) -> list[bytes]:
+        """What the protocol wants to be sent; b"" closes our side of the stream."""
+        return self.protocol.data_to_send()
+
+    def send_ping(self) -> None:
+        """Ping, without waiting for anything. The pong only counts as a sign of life."""
+        with self.protocol_mutex:
+            if self.protocol.state is OPEN:
+                self.protocol.send_ping(b"")
+                self.send_data()
+
+    def process_event(self, event: Any) -> None:
+        self.last_received = time.monotonic()
+        super().process_event(event)
+
+    def close_socket(self) -> None:
+        self.outbox.end()
+        with contextlib.suppress(OSError):  # closed already
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes a writer in sendmsg(); close(2) would not
+        super().close_socket()
+
+    def silence(self) -> float:
+        """Seconds since the peer, or at least its kernel, was last heard of."""
+        silence = time.monotonic() - self.last_received
+        try:
+            info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+        except OSError:  # not TCP, or closed
+            return silence
+        # tcpi_last_ack_recv of struct tcp_info (<linux/tcp.h>), in milliseconds:
+        # a peer whose program is stuck still acknowledges, one that is cut off does not.
+        (last_ack_received,) = struct.unpack_from("I", info, 56)
+        return min(silence, float(last_ack_received) / 1000)
+
+    def _write(self) -> None:
+        try:
+            while (batch := self.outbox.take()) is not None:
+                buffers: list[BytesLike] = []
+                for item in batch:
+                    if isinstance(item, _Turn):
+                        buffers += item.frame(self.masked)
+                    elif item:
+                        buffers.append(item)
+                    else:
+                        self._send(buffers)
+                        buffers = []
+                        self.socket.shutdown(socket.SHUT_WR)
+                self._send(buffers)
+        except OSError as exc:
+            log.debug("connection lost while sending: %s", exc)
+            # The receiver sees the end of the stream and closes everything.
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+            self.outbox.end()
+
+    def _send(self, buffers: list[BytesLike]) -> None:
+        while buffers:
+            sent = self.socket.sendmsg(buffers[:IOV_MAX])
+            done = 0
+            while done < len(buffers) and sent >= len(buffers[done]):
+                sent -= len(buffers[done])
+                done += 1
+            del buffers[:done]
+            if sent:
+                buffers[0] = memoryview(buffers[0])[sent:]
+
+
+class Heartbeat:
+    """One thread that pings every connection and closes those whose peer is gone.
+
+    A missing pong is not enough: a version 1 peer that is blocked on its own
+    slow reader answers none. Gone is who does not even acknowledge at the TCP level.
+    """
+
+    def __init__(self, interval: float, timeout: float) -> None:
+        self._interval = interval
+        self._timeout = timeout
+        self._lock = threading.Lock()  # guards the attributes below
+        self._connections: dict[QueuedConnection, float] = {}  # and when each is pinged next
+        self._started = False
+
+    def add(self, connection: QueuedConnection) -> None:
+        """Watch a connection until remove(); starts the thread with the first one."""
+        with self._lock:
+            self._connections[connection] = time.monotonic() + self._interval
+            if not self._started:
+                threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+                self._started = True
+
+    def remove(self, connection: QueuedConnection) -> None:
+        with self._lock:
+            self._connections.pop(connection, None)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(min(self._interval, self._timeout) / 4)
+            now = time.monotonic()
+            with self._lock:
+                due = [connection for connection, when in self._connections.items() if when <= now]
+                self._connections.update(dict.fromkeys(due, now + self._interval))
+            for connection in due:
+                try:
+                    self._check(connection)
+                except Exception:
+                    log.exception("heartbeat: unexpected error")
+
+    def _check(self, connection: QueuedConnection) -> None:
+        silence = connection.silence()
+        if silence > self._timeout:
+            log.warning("connection closed: nothing was heard of the peer for %.0f seconds", silence)
+            connection.close_socket()
+        else:
+            connection.send_ping()
+
+
+class LimitError(AgentError):
+    """One session more than the limits allow."""
+
+
+class SessionRegistry:
+    """Who is connected, and how many sessions there are in all."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()  # guards the attributes below
+        self._count = 0
+        self._peers: set[Peer] = set()
+
+    def add(self, peer: Peer) -> None:
+        with self._lock:
+            self._peers.add(peer)
+
+    def remove(self, peer: Peer) -> None:
+        with self._lock:
+            self._peers.discard(peer)
+
+    def peers(self) -> list[Peer]:
+        with self._lock:
+            return list(self._peers)
+
+    def take_place(self) -> None:
+        """Count one more session.
+
+        Raises:
+            LimitError: if that is one too many.
+        """
+        with self._lock:
+            if self._count >= self.limit:
+                raise LimitError(f"too many sessions: the agent's limit is {self.limit}")
+            self._count += 1
+
+    def give_place(self) -> None:
+        with self._lock:
+            self._count -= 1
+
+
+class Peer:
+    """One connected client: decodes and dispatches what it sends, owns its sessions.
+
+    Session ids belong to the connection: no client can see or feed another's.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        connection: QueuedConnection,
+        registry: SessionRegistry,
+        main: MainProcess | None,
+        name: str,
+    ) -> None:
+        self.name = name  # for the log
+        self._runtime = runtime
+        self._connection = connection
+        self._registry = registry
+        self._main = main
+        self._lock = threading.Lock()  # guards the attributes below
+        self._sessions: dict[str, Session] = {}
+        self._ended_ids: dict[str, None] = {}  # the latest, oldest first
+        self._left = False
+
+    def serve(self) -> None:
+        """Handle the connection's messages until it ends; then end what it started."""
+        log.info("connected", extra={"peer": self.name})
+        self._registry.add(self)
+        why = "closed by the peer"
+        try:
+            for message in self._connection:
+                self._receive(message)
+        except ConnectionClosed as exc:
+            why = f"lost: {exc}" if exc.__cause__ is None else f"lost: {exc} ({exc.__cause__})"
+        finally:
+            self._registry.remove(self)
+            count = self._leave()
+            log.info("connection %s; %d sessions were running", why, count, extra={"peer": self.name})
+
+    def close(self, code: int, reason: str) -> None:
+        """Say goodbye: waits CLOSE_TIMEOUT at most for the peer to answer."""
+        self._connection.close(code, reason)
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything queued was handed to the kernel; False if it was not."""
+        return self._connection.outbox.flush(timeout)
+
+    def attached(self) -> bool:
+        """Whether a session still waits for the main process's output."""
+        with self._lock:
+            return any(isinstance(session, AttachSession) for session in self._sessions.values())
+
+    # What sessions use: SessionHost.
+
+    def open_channel(self, session_id: str) -> Channel:
+        return Channel(self._connection.outbox, session_id)
+
+    def forget(self, session: Session) -> None:
+        with self._lock:
+            if self._sessions.get(session.id) is not session:
+                return
+            del self._sessions[session.id]
+            self._ended_ids[session.id] = None
+            if len(self._ended_ids) > REMEMBERED_IDS:
+                del self._ended_ids[next(iter(self._ended_ids))]
+        self._registry.give_place()
+
+    def send(self, message: Event) -> None:
+        self._connection.outbox.send(message)
+
+    # What the peer asks for.
+
+    def _receive(self, message: str | bytes) -> None:
+        if not isinstance(message, str):
+            self._refuse("", "binary messages need protocol version 2", Reason.BAD_MESSAGE)
+            return
+        try:
+            request = decode_request(message)
+        except MessageError as exc:
+            self._refuse(exc.id, str(exc), Reason.BAD_MESSAGE)
+            return
+        if isinstance(request, Exec | Attach):
+            self._start(request)
+        else:
+            with self._lock:
+                session = self._sessions.get(request.id)
+                ended = request.id in self._ended_ids
+            if session is not None:
+                self._forward(request, session)
+            elif not ended:  # what is late for an ended session is harmless
+                self._refuse(request.id, f"no session has the id {request.id[:80]!r}", Reason.UNKNOWN_SESSION)
+
+    def _refuse(self, session_id: str, message: str, reason: Reason) -> None:
+        log.info("refused: %s", message, extra={"peer": self.name, "session": session_id})
+        self.send(Error(session_id, message, reason))
+        # Only for a peer that floods us with nonsense and does not read the answers.
+        self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)
+
+    def _forward(self, request: Stdin | CloseStdin | Signal | Resize, session: Session) -> None:
+        if isinstance(request, Stdin):
+            session.write(request.data)
+        elif isinstance(request, CloseStdin):
+            session.end_input()
+        elif isinstance(request, Resize):
+            session.resize(request.width, request.height)
+        else:
+            try:
+                session.send_signal(parse_signal(request.signal))
+            except ValueError as exc:
+                self._refuse(request.id, f"signal: {exc}", Reason.BAD_MESSAGE)
+            except PermissionError:
+                self._refuse(request.id, "signal: the process belongs to another user", Reason.BAD_MESSAGE)
+
+    def _start(self, request: Exec | Attach) -> None:
+        with self._lock:
+            taken = request.id in self._sessions
+            count = len(self._sessions)
+        if taken:
+            self._refuse(request.id, f"session id {request.id[:80]!r} is in use", Reason.DUPLICATE_SESSION)
+            return
+        if isinstance(request, Attach) and self._main is None:
+            self._refuse(request.id, "there is no main process to attach to", Reason.NO_MAIN_PROCESS)
+            return
+        if count >= self._runtime.config.max_sessions:
+            limit = self._runtime.config.max_sessions
+            self._refuse(request.id, f"too many sessions: the connection's limit is {limit}", Reason.LIMIT)
+            return
+        try:
+            self._registry.take_place()
+        except LimitError as exc:
+            self._refuse(request.id, str(exc), Reason.LIMIT)
+            return
+        try:
+            self._open(request)
+        except (OSError, RuntimeError) as exc:  # no descriptor or thread left
+            self._registry.give_place()
+            self._refuse(request.id, f"cannot start a session: {exc}", Reason.START_FAILED)
+
+    def _open(self, request: Exec | Attach) -> None:
+        """Raises OSError or RuntimeError if the system refuses a descriptor or thread."""
+        session: ExecSession | AttachSession
+        (thread,) = self._runtime.pool.reserve(1)
+        try:
+            if isinstance(request, Exec):
+                session = ExecSession(self._runtime, self, request)
+            else:
+                assert self._main is not None
+                session = AttachSession(self, request, self._main)
+        except OSError:
+            self._runtime.pool.release([thread])
+            raise
+        with self._lock:
+            self._sessions[request.id] = session
+        thread.run(session.run)
+
+    def _leave(self) -> int:
+        """End what the connection started (version 1); returns how many sessions it had."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        children = [child for session in sessions if (child := session.leave()) is not None]
+        self._runtime.end_later(children)
+        return len(sessions)
+
+    def children(self) -> list[Child]:
+        """The processes that the peer's sessions run, for the agent's end; each is abandoned."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        return [child for session in sessions if (child := session.leave()) is not None]
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 10  Server mode
+#     Owns the listening socket, authentication and the HTTP endpoints. Threads:
+#     the acceptor, and a pool thread for each connection from its handshake on.
+# ══════════════════════════════════════════════════════════════════════════════
+
+LISTEN_BACKLOG = 1024
+HANDSHAKE_TIMEOUT = 10.0  # seconds
+ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor or thread left
+
+
+class ServerWebSocket(QueuedConnection, ServerConnection):
+    """A connection that a client dialled.
+
+    The library closes without a word what it cannot parse, in some releases
+    that is every method but GET. Here such a request gets an answer.
+    """
+
+    def __init__(self, sock: socket.socket, protocol: ServerProtocol, *args: Any, **kwargs: Any) -> None:
+        self._head = b""  # the start of the request; only the receiver touches it
+        receive_data = protocol.receive_data
+
+        def receive_first(data: bytes | bytearray) -> None:
+            self._head += data[:16]  # longer than any method
+            vars(protocol).pop("receive_data", None)  # the first time is enough
+            receive_data(data)
+
+        vars(protocol)["receive_data"] = receive_first
+        super().__init__(sock, protocol, *args, **kwargs)
+
+    def data_to_send(self) -> list[bytes]:
+        data = super().data_to_send()
+        if data == [b""] and self._head and self.request is None and self.protocol.handshake_exc is not None:
+            return [self._bad_request(), b""]
+        return data
+
+    def _bad_request(self) -> bytes:
+        method = self._head.split(b" ", 1)[0]
+        wrong_method = method.isalpha() and method.isupper() and method != b"GET"
+        status = http.HTTPStatus.METHOD_NOT_ALLOWED if wrong_method else http.HTTPStatus.BAD_REQUEST
+        allow = "Allow: GET\r\n" if wrong_method else ""
+        body = f"{status.phrase}\n"
+        return (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\n{allow}Connection: close\r\n"
+            f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        ).encode()
+
+
+def open_listener(address: Address) -> socket.socket:
+    """A listening socket; "" means every interface, IPv4 and IPv6, as in Go.
+
+    Raises:
+        OSError: if the address is in use or does not exist.
+    """
+    if address.path:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(address.path).st_mode):
+                os.unlink(address.path)  # left by an agent that was killed
+        return socket.create_server(address.path, family=socket.AF_UNIX, backlog=LISTEN_BACKLOG)
+    if not address.host:
+        if socket.has_dualstack_ipv6():
+            with contextlib.suppress(OSError):  # IPv6 is compiled in but switched off
+                return socket.create_server(
+                    ("", address.port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=LISTEN_BACKLOG
+                )
+        return socket.create_server(("", address.port), backlog=LISTEN_BACKLOG)
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, where = found[0]
+    return socket.create_server(where[:2], family=family, backlog=LISTEN_BACKLOG)
+
+
+class Server:
+    """Accepts WebSocket clients and answers ``GET /health``."""
+
+    def __init__(
+        self, runtime: Runtime, registry: SessionRegistry, main: MainProcess | None, health: HealthChecker | None
+    ) -> None:
+        """Listen; connections are accepted from start() on.
+
+        Raises:
+            OSError: if the address is in use or does not exist.
+        """
+        config = runtime.config
+        self._runtime = runtime
+        self._registry = registry
+        self._main = main
+        self._health = health
+        self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout)
+        self._socket = open_listener(config.addr)
+        self._closing = False  # written by close() before the socket is shut
+        logger = logging.getLogger("sockerless.websockets")
+        self._handler = serve(
+            self._serve_peer,
+            sock=self._socket,
+            create_connection=ServerWebSocket,
+            process_request=self._process_request,
+            compression=None,
+            server_header=f"sockerless-agent/{__version__}",
+            open_timeout=HANDSHAKE_TIMEOUT,
+            close_timeout=CLOSE_TIMEOUT,
+            ping_interval=None,  # Heartbeat pings, see there
+            max_size=config.max_message_size,
+            logger=logger,
+        ).handler
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the port that the system chose."""
+        if self._socket.family == socket.AF_UNIX:
+            return f"unix:{self._socket.getsockname()}"
+        host, port = self._socket.getsockname()[:2]
+        return str(Address(host, port))
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, name="acceptor", daemon=True).start()
+        log.info("listening on %s", self.address)
+        config = self._runtime.config
+        if not config.token and not config.addr.is_local:
+            log.warning("NO TOKEN IS SET: whoever reaches %s can run commands here; "
+                        "set SOCKERLESS_AGENT_TOKEN or --token-file", self.address)  # fmt: skip
+
+    def close(self) -> None:
+        """Accept no more connections. Those that exist stay."""
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept(2)
+        self._socket.close()
+        if self._runtime.config.addr.path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._runtime.config.addr.path)
+
+    def _accept(self) -> None:
+        # The library's own loop ends for good at the first error of accept(2),
+        # and at a thread that cannot start: both pass once somebody lets go.
+        while not self._closing:
+            try:
+                sock, where = self._socket.accept()
+            except OSError as exc:
+                if not self._closing:
+                    log.error("cannot accept a connection: %s", exc.strerror)
+                    time.sleep(ACCEPT_PAUSE)
+                continue
+            try:
+                self._runtime.pool.submit(self._handler, sock, where)
+            except RuntimeError as exc:
+                log.error("cannot serve a connection: %s", exc)
+                sock.close()
+                time.sleep(ACCEPT_PAUSE)
+
+    def _serve_peer(self, connection: ServerConnection) -> None:
+        assert isinstance(connection, ServerWebSocket)
+        where = connection.socket.getpeername() if connection.socket.family != socket.AF_UNIX else ""
+        name = str(Address(*where[:2])) if where else "unix socket"
+        connection.start_writer(self._runtime.pool)
+        self._heartbeat.add(connection)
+        try:
+            Peer(self._runtime, connection, self._registry, self._main, name).serve()
+        finally:
+            self._heartbeat.remove(connection)
+
+    def _process_request(self, connection: ServerConnection, request: HTTPRequest) -> HTTPResponse | None:
+        """Answer a request, or None to let the WebSocket handshake go on."""
+        path, _, query = request.path.partition("?")
+        if path not in ("/health", "/ws"):
+            return connection.respond(http.HTTPStatus.NOT_FOUND, "not found; there are /health and /ws\n")
+        # Releases of the library before 17 parse nothing but GET, see ServerWebSocket.
+        if getattr(request, "method", "GET") != "GET":
+            response = connection.respond(http.HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n")
+            response.headers["Allow"] = "GET"
+            return response
+        if path == "/health":
+            response = connection.respond(http.HTTPStatus.OK, json.dumps(self.describe_health()) + "\n")
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+            return response
+        if not self._is_authorized(request, query):
+            log.warning("client refused: missing or wrong token")
+            response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+        if not self._runtime.config.token and self._is_foreign_page(request):
+            log.warning("client refused: a web page of another host")
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
+        return None
+
+    def describe_health(self) -> dict[str, object]:
+        """What ``GET /health`` answers."""
+        state: dict[str, object] = {"status": "ok"}
+        if self._main is not None:
+            code = self._main.code
+            state |= {"pid": self._main.pid, "exited": code is not None}
+            if code is not None:
+                state["exitCode"] = code
+        if self._health is not None:
+            state["health"] = self._health.describe()
+        return state
+
+    def _is_authorized(self, request: HTTPRequest, query: str) -> bool:
+        """Check the bearer token: of the header, or of the query where a client can set no header."""
+        token = self._runtime.config.token
+        if not token:
+            return True
+        headers = request.headers.get_all("Authorization")
+        if headers:
+            scheme, _, given = headers[0].partition(" ")
+            given = given.strip() if len(headers) == 1 and scheme.lower() == "bearer" else ""
+        else:
+            given = urllib.parse.parse_qs(query).get("token", [""])[0]
+        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode("utf-8", "surrogateescape"))
+
+    @staticmethod
+    def _is_foreign_page(request: HTTPRequest) -> bool:
+        """Whether a browser's page of another host asks (RFC 6454): it must not reach an agent on localhost."""
+        origins = request.headers.get_all("Origin")
+        hosts = request.headers.get_all("Host")
+        return bool(origins) and [urllib.parse.urlsplit(origin).netloc for origin in origins] != hosts
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 11  Command line
+#     Owns the order of start and end, the signals, and the exit code. The main
+#     thread runs it, and after the start only waits.
+# ══════════════════════════════════════════════════════════════════════════════
+
+EXIT_FAILURE, EXIT_USAGE = 1, 2
+LINGER = 2.0  # seconds for clients to be told the last output and the exit code
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+FORWARDED_SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+
+
+class Agent:
+    """The agent as a whole: starts its parts, waits, and takes them down in order."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._runtime = Runtime(config, ThreadPool(), Reaper(), TerminalPump())
+        self._registry = SessionRegistry(config.max_total_sessions)
+        self._main = MainProcess(self._runtime) if config.keep_alive else None
+        self._health = HealthChecker(self._runtime) if config.health_cmd else None
+        self._copier: OutputCopier | None = None
+        # A signal's number, or None when the main process has ended. SimpleQueue
+        # is the one queue that a signal handler may put into.
+        self._events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    def run(self) -> int:
+        """Run until a signal, or the main process's end, ends it; returns the exit code."""
+        self._install_signal_handlers()
+        self._runtime.reaper.start()
+        try:
+            server = Server(self._runtime, self._registry, self._main, self._health)
+        except OSError as exc:
+            log.error("cannot listen on %s: %s", self._config.addr, exc.strerror or exc)
+            return EXIT_FAILURE
+        try:
+            self._start_main()
+        except (SpawnError, RuntimeError) as exc:
+            log.error("main process: %s", exc)
+            server.close()
+            reason = exc.reason if isinstance(exc, SpawnError) else Reason.START_FAILED
+            return {Reason.NOT_FOUND: 127, Reason.NOT_EXECUTABLE: 126}.get(reason, EXIT_FAILURE)
+        if self._health is not None:
+            self._runtime.pool.submit(self._health.run)
+        server.start()
+        number = self._wait()
+        self._stop_main(number)
+        return self._end(server)
+
+    def _install_signal_handlers(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever was inherited
+        for number in (*STOP_SIGNALS, *FORWARDED_SIGNALS):
+            signal.signal(number, lambda received, frame: self._events.put(received))
+
+    def _start_main(self) -> None:
+        main = self._main
+        if main is None:
+            return
+        if self._config.copy_output:
+            self._copier = OutputCopier(main)
+            self._runtime.pool.submit(self._copier.run)
+        if self._health is not None:
+            main.call_on_exit(self._health.stop)
+        main.call_on_exit(lambda: self._events.put(None))
+        main.start()
+
+    def _wait(self) -> int | None:
+        """Wait for a stop signal and return it, or for the main process with exit_with_main; forward the rest."""
+        while True:
+            number = self._events.get()
+            if number is None:
+                if self._config.exit_with_main:
+                    return None
+            elif number in STOP_SIGNALS:
+                log.info("%s: stopping", signal.Signals(number).name)
+                return number
+            elif self._main is not None:
+                self._signal_main(number)
+            elif number in (signal.SIGHUP, signal.SIGQUIT):
+                return number
+
+    def _signal_main(self, number: int) -> None:
+        assert self._main is not None
+        try:
+            self._main.send_signal(number)
+        except PermissionError:
+            log.error("cannot signal the main process: it belongs to another user")
+
+    def _stop_main(self, number: int | None) -> None:
+        """End the main process: the signal, the stop timeout or a second stop signal, SIGKILL."""
+        main = self._main
+        if main is None:
+            return
+        if not main.exited.is_set() and number is not None:
+            self._signal_main(number)
+            deadline = time.monotonic() + self._config.stop_timeout
+            while not main.exited.is_set():
+                try:
+                    again = self._events.get(timeout=max(deadline - time.monotonic(), 0))
+                except queue.Empty:
+                    log.warning("the main process did not end within %g s: SIGKILL", self._config.stop_timeout)
+                    break
+                if again in STOP_SIGNALS:
+                    log.warning("stopped a second time: SIGKILL")
+                    break
+                if again is not None:
+                    self._signal_main(again)
+        if not main.exited.is_set():
+            self._signal_main(signal.SIGKILL)
+            main.exited.wait()
+        main.finished.wait(self._config.drain_timeout + LINGER)
+
+    def _end(self, server: Server) -> int:
+        """Tell everybody, end every process, and return the exit code."""
+        server.close()
+        if self._health is not None:
+            self._health.stop()
+        deadline = time.monotonic() + LINGER
+        peers = self._registry.peers()
+        for peer in peers:
+            while peer.attached() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            peer.flush(max(deadline - time.monotonic(), 0))
+        children = [child for peer in peers for child in peer.children()]
+        end_processes(children, self._config.kill_timeout)
+        if self._main is not None:
+            self._main.end(0)
+        closing = [threading.Thread(target=peer.close, args=(CloseCode.GOING_AWAY, "agent ends")) for peer in peers]
+        for thread in closing:
+            thread.daemon = True
+            thread.start()
+        for thread in closing:
+            thread.join(CLOSE_TIMEOUT)
+        if self._copier is not None:
+            self._copier.finished.wait(LINGER)
+        code = self._main.code if self._main is not None else 0
+        assert code is not None
+        log.info("agent ends: exit code %d", code)
+        return code
+
+
+def ensure_standard_descriptors() -> None:
+    """Open /dev/null in place of a closed stdin, stdout or stderr.
+
+    Else the next pipe would get its number, and posix_spawn's dup2 would take
+    it for the child's end.
+    """
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
+        os.set_inheritable(fd, True)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the agent; ends the process with its exit code."""
+    ensure_standard_descriptors()
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv, os.environ)
+    except ConfigError as exc:
+        print(f"sockerless-agent: {exc}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    set_up_logging(config)
+    hide_secrets([config.token, os.environ.get("SOCKERLESS_AGENT_TOKEN", "")])
+    try:
+        code = Agent(config).run()
+    except Exception:
+        log.exception("unexpected error")
+        code = EXIT_FAILURE
+    logging.shutdown()
+    # Not sys.exit(): that would wait for threads, and nothing may keep an init from ending.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
