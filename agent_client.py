@@ -1,0 +1,1265 @@
+#!/usr/bin/env python3
+"""Run commands in a container through its sockerless-agent, as with ``subprocess``.
+
+    from agent_client import AgentConn
+
+    with AgentConn.dial("127.0.0.1:9111", token="secret") as conn:
+        print(conn.run(["uname", "-a"], capture_output=True, text=True).stdout)
+        with conn.popen(["cat"]) as process:
+            process.stdin.write(b"hello")
+
+One connection carries any number of commands at once and may be used from any
+thread. From a shell: ``python -m agent_client exec -it -- sh``; see --help.
+
+The file reads top-down: errors, Docker's stream framing, the connection, the
+processes on it, bridges to a Docker client's socket, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import fcntl
+import http.client
+import io
+import itertools
+import json
+import logging
+import os
+import secrets
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import IO, Any, NoReturn, Protocol, Self
+
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.sync.client import ClientConnection, connect, unix_connect
+
+from agent import (
+    CLOSE_TIMEOUT,
+    Address,
+    Attach,
+    Channel,
+    CloseStdin,
+    Error,
+    Exec,
+    Exit,
+    Heartbeat,
+    LifetimeExpired,
+    MessageError,
+    Output,
+    QueuedConnection,
+    Reason,
+    Request,
+    Resize,
+    Signal,
+    Stream,
+    ThreadPool,
+    __version__,
+    decode_event,
+    parse_address,
+    parse_signal,
+)
+
+__all__ = [
+    "AgentConn",
+    "AgentProcess",
+    "ClientError",
+    "CommandNotExecutable",
+    "CommandNotFound",
+    "ConnectFailed",
+    "ConnectionLost",
+    "DockerStreamDecoder",
+    "DockerStreamError",
+    "SessionError",
+    "Unauthorized",
+    "encode_docker_frame",
+]
+
+log = logging.getLogger("sockerless.client")
+
+DEFAULT_ADDRESS = "127.0.0.1:9111"
+OPEN_TIMEOUT = 10.0  # seconds
+PING_INTERVAL = 20.0  # seconds
+PING_TIMEOUT = 60.0  # seconds of silence, at the TCP level too, after which the agent counts as gone
+MAX_MESSAGE_SIZE = 64 << 20  # bytes
+STDIN_CHUNK = 256 << 10  # bytes in one put() of stdin
+UNREAD_LIMIT = 1 << 30  # bytes of output that a session keeps for a reader that does not come
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# Errors
+# ══════════════════════════════════════════════════════════════════════════════
+
+
+class ClientError(Exception):
+    """Base class of the errors that this module raises on purpose."""
+
+
+class ConnectFailed(ClientError, ConnectionError):
+    """No connection to the agent could be made; ``str()`` says why."""
+
+
+class Unauthorized(ConnectFailed):
+    """The agent refused the token (HTTP 401)."""
+
+
+class ConnectionLost(ClientError, ConnectionError):
+    """The connection ended while something ran on it: how that ended is not known."""
+
+
+class SessionError(ClientError):
+    """The agent refused to start a session, or gave one up.
+
+    Attributes:
+        reason: one of agent.Reason, "" if the agent gave none (the Go agent).
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class CommandNotFound(SessionError):
+    """There is no such command: a shell's exit status 127."""
+
+
+class CommandNotExecutable(SessionError):
+    """The command cannot be executed: a shell's exit status 126."""
+
+
+def _session_error(event: Error) -> SessionError:
+    """The exception for an error event; agents without reasons are read by their words."""
+    reason, words = event.reason, event.message.lower()
+    if reason == Reason.NOT_FOUND or (not reason and ("not found" in words or "no such file" in words)):
+        return CommandNotFound(event.message, reason)
+    if reason == Reason.NOT_EXECUTABLE or (
+        not reason and any(text in words for text in ("not executable", "permission denied", "exec format error"))
+    ):
+        return CommandNotExecutable(event.message, reason)
+    return SessionError(event.message, reason)
+
+
+# After these the session that they name goes on, or its exit follows.
+_NOT_FATAL = frozenset({Reason.BAD_MESSAGE, Reason.UNKNOWN_SESSION, Reason.DUPLICATE_SESSION, Reason.STDIN_OVERFLOW})
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# Docker's stream framing (Docker Engine API, "Attach to a container", stream format)
+# ══════════════════════════════════════════════════════════════════════════════
+
+
+class DockerStreamError(ClientError):
+    """Bytes that are not Docker's multiplexed stream."""
+
+
+def encode_docker_frame(stream: Stream, data: bytes) -> bytes:
+    """One frame of Docker's multiplexed stream: an 8-byte header, then ``data``."""
+    return struct.pack(">BxxxL", stream, len(data)) + data
+
+
+class DockerStreamDecoder:
+    """Decodes Docker's multiplexed stream from pieces of any size."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[tuple[Stream, bytes]]:
+        """Take the next piece; returns the frames that it completes.
+
+        Raises:
+            DockerStreamError: if a header makes no sense.
+        """
+        self._buffer += data
+        frames = []
+        while len(self._buffer) >= 8:
+            number, zeros, size = struct.unpack_from(">B3sL", self._buffer)
+            if number > 2 or zeros != b"\0\0\0":
+                raise DockerStreamError(
+                    f"not a frame of Docker's multiplexed stream: header {bytes(self._buffer[:8])!r}"
+                )
+            if len(self._buffer) < 8 + size:
+                break
+            frames.append((Stream(number), bytes(self._buffer[8 : 8 + size])))
+            del self._buffer[: 8 + size]
+        return frames
+
+    def finish(self) -> None:
+        """The stream has ended.
+
+        Raises:
+            DockerStreamError: if it ended within a frame.
+        """
+        if self._buffer:
+            raise DockerStreamError(f"the stream ended within a frame: {len(self._buffer)} bytes are left over")
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# The connection
+# Threads: the library's receiver, the writer (both as in agent.QueuedConnection),
+# and one that hands events to their sessions. Callers come from any thread.
+# ══════════════════════════════════════════════════════════════════════════════
+
+_pool = ThreadPool()
+_heartbeat = Heartbeat(PING_INTERVAL, PING_TIMEOUT)
+
+
+class ClientWebSocket(QueuedConnection, ClientConnection):
+    """A connection that this side dialled; its sending never blocks its receiving."""
+
+    masked = True
+
+
+class SessionReceiver(Protocol):
+    """What the connection tells a session, from its receiving thread; nothing here may block."""
+
+    def output(self, event: Output) -> None: ...
+
+    def warning(self, error: SessionError) -> None:
+        """The agent complained about a message; the session goes on, or its exit follows."""
+
+    def ended(self, code: int) -> None: ...
+
+    def failed(self, error: ClientError) -> None:
+        """The session did not start, or the connection was lost."""
+
+
+class AgentConn:
+    """One connection to an agent, with any number of sessions on it at once."""
+
+    def __init__(self, connection: QueuedConnection) -> None:
+        """Take over a WebSocket connection after its handshake; see :meth:`dial`."""
+        self._connection = connection
+        self._ids = map("{}-{}".format, itertools.repeat(secrets.token_hex(4)), itertools.count(1))
+        self._lock = threading.Lock()  # guards the attributes below
+        self._receivers: dict[str, SessionReceiver] = {}
+        self._lost: ConnectionLost | None = None
+        self.lifetime_expired = threading.Event()
+        """Set when the agent has said that its platform is about to end it."""
+        connection.start_writer(_pool)
+        _heartbeat.add(connection)
+        self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def dial(cls, addr: str = DEFAULT_ADDRESS, token: str | None = None, *, timeout: float = OPEN_TIMEOUT) -> AgentConn:
+        """Connect to an agent in server mode.
+
+        Args:
+            addr: ``host:port``, ``unix:/path``, or a ``ws://`` or ``wss://`` URL.
+            token: the bearer token, if the agent has one.
+            timeout: seconds for the connection and the handshake.
+
+        Raises:
+            Unauthorized: if the agent refuses the token.
+            ConnectFailed: if there is no agent, or it does not answer.
+            ValueError: if ``addr`` is none.
+        """
+        return cls(_dial(addr, token, timeout))
+
+    def close(self) -> None:
+        """Close the connection. Commands that run on it are ended by the agent."""
+        self._connection.close()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Commands.
+
+    def popen(
+        self,
+        cmd: Sequence[str] | str,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        tty: bool = False,
+        size: tuple[int, int] | None = None,
+        stdin: int = subprocess.PIPE,
+        text: bool = False,
+        encoding: str | None = None,
+        errors: str | None = None,
+    ) -> AgentProcess:
+        """Start a command, as subprocess.Popen does.
+
+        A command that cannot be started shows when its output is read or its end
+        is waited for: version 1 of the protocol does not announce a start.
+
+        Args:
+            cmd: the command and its arguments; a plain string is a command without any.
+            env: variables that are added to the agent's own.
+            cwd: the working directory.
+            tty: run it on a terminal; all its output is then ``stdout``.
+            size: the terminal's columns and rows.
+            stdin: PIPE, or DEVNULL for an input that ends at once.
+            text, encoding, errors: as for subprocess.Popen.
+
+        Raises:
+            ConnectionLost: if the connection has ended.
+        """
+        words = (cmd,) if isinstance(cmd, str) else tuple(cmd)
+        variables = tuple(f"{name}={value}" for name, value in (env or {}).items())
+        request = Exec(next(self._ids), words, variables, cwd or "", tty)
+        process = AgentProcess(self, request, text=text, encoding=encoding, errors=errors)
+        self.start_session(request, process.receiver)
+        if size is not None:
+            process.resize(*size)
+        if stdin == subprocess.DEVNULL:
+            process.stdin.close()
+        return process
+
+    def attach(self, *, text: bool = False, encoding: str | None = None, errors: str | None = None) -> AgentProcess:
+        """Attach to the main process: its recent output first, then what it writes.
+
+        Raises:
+            ConnectionLost: if the connection has ended.
+        """
+        request = Attach(next(self._ids))
+        process = AgentProcess(self, request, text=text, encoding=encoding, errors=errors)
+        self.start_session(request, process.receiver)
+        return process
+
+    def run(
+        self,
+        cmd: Sequence[str] | str,
+        *,
+        input: bytes | str | None = None,
+        capture_output: bool = False,
+        text: bool = False,
+        encoding: str | None = None,
+        errors: str | None = None,
+        timeout: float | None = None,
+        check: bool = False,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        tty: bool = False,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command and wait for it, as subprocess.run does.
+
+        Without ``input`` the command's stdin ends at once. Without
+        ``capture_output`` its output is written to this process's stdout and stderr.
+
+        Raises:
+            CommandNotFound, CommandNotExecutable, SessionError: if it cannot be started.
+            ConnectionLost: if the connection ends first; never an exit code then.
+            subprocess.TimeoutExpired: after ``timeout`` seconds; the command is killed.
+            subprocess.CalledProcessError: with ``check``, if the exit code is not 0.
+        """
+        process = self.popen(
+            cmd, env=env, cwd=cwd, tty=tty, text=text or isinstance(input, str), encoding=encoding, errors=errors
+        )
+        copiers = [] if capture_output else process._copy_output()
+        try:
+            stdout, stderr = process.communicate(input, timeout, collect=capture_output)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process._settle()
+            raise
+        for copier in copiers:
+            copier.wait()
+        if process.warnings:  # its input was cut short, for one
+            raise process.warnings[0]
+        assert process.returncode is not None
+        result = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+        if check:
+            result.check_returncode()
+        return result
+
+    # Bridges to a Docker client.
+
+    def bridge_exec(
+        self,
+        sock: socket.socket,
+        session_id: str,
+        cmd: Sequence[str],
+        env: Sequence[str] = (),
+        workdir: str = "",
+        tty: bool = False,
+    ) -> int:
+        """Run a command with a Docker client's socket as its stdin, stdout and stderr.
+
+        Speaks Docker's multiplexed stream without ``tty``, raw bytes with it. A
+        half-closed socket ends the command's stdin; a vanished client ends the command.
+        The socket stays open.
+
+        Args:
+            env: ``K=V`` strings.
+
+        Returns:
+            The command's exit code; 127 if it is not found, 126 if it cannot be executed.
+
+        Raises:
+            SessionError: if it cannot be started for another reason.
+            ConnectionLost: if the connection to the agent ends first.
+        """
+        request = Exec(session_id, tuple(cmd), tuple(env), workdir, tty)
+        return _Bridge(self, sock, request, tty).run()
+
+    def bridge_attach(self, sock: socket.socket, session_id: str, tty: bool = False) -> int:
+        """Attach a Docker client's socket to the main process; as :meth:`bridge_exec`.
+
+        A client that vanishes ends the main process's stdin, no more.
+        """
+        return _Bridge(self, sock, Attach(session_id), tty).run()
+
+    # What sessions use.
+
+    def start_session(self, request: Exec | Attach, receiver: SessionReceiver) -> None:
+        """Send a request whose events go to ``receiver``.
+
+        Raises:
+            ConnectionLost: if the connection has ended.
+            SessionError: if the id is in use on this connection.
+        """
+        with self._lock:
+            if self._lost is not None:
+                raise ConnectionLost(str(self._lost))
+            if request.id in self._receivers:
+                raise SessionError(f"session id {request.id!r} is in use", Reason.DUPLICATE_SESSION)
+            self._receivers[request.id] = receiver
+        self.send(request)
+
+    def open_channel(self, session_id: str) -> Channel:
+        return Channel(self._connection.outbox, session_id)
+
+    def send(self, message: Request) -> None:
+        """Send a message; dropped if the connection has ended, as every session then is told."""
+        self._connection.outbox.send(message)
+
+    def _receive(self) -> None:
+        """Hand events to their sessions until the connection ends."""
+        why = "the connection was closed"
+        try:
+            for message in self._connection:
+                self._dispatch(message)
+        except ConnectionClosed as exc:
+            why = f"the connection to the agent was lost: {exc}"
+            if exc.__cause__ is not None:
+                why += f" ({exc.__cause__})"
+        except Exception as exc:
+            log.exception("unexpected error")
+            why = f"unexpected error: {exc}"
+            self._connection.close_socket()
+        finally:
+            _heartbeat.remove(self._connection)
+            with self._lock:
+                self._lost = ConnectionLost(why)
+                receivers = list(self._receivers.values())
+                self._receivers.clear()
+            for receiver in receivers:
+                receiver.failed(ConnectionLost(why))
+
+    def _dispatch(self, message: str | bytes) -> None:
+        try:
+            event = decode_event(message) if isinstance(message, str) else None
+        except MessageError as exc:
+            log.warning("the agent sent nonsense: %s", exc)
+            return
+        if isinstance(event, LifetimeExpired):
+            self.lifetime_expired.set()
+        elif event is not None:
+            self._deliver(event)
+
+    def _deliver(self, event: Output | Exit | Error) -> None:
+        final = isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL)
+        with self._lock:
+            receiver = self._receivers.get(event.id)
+            if final and receiver is not None:
+                del self._receivers[event.id]
+        if receiver is None:
+            if isinstance(event, Error):
+                log.warning("the agent reports: %s", event.message)
+        elif isinstance(event, Output):
+            receiver.output(event)
+        elif isinstance(event, Exit):
+            receiver.ended(event.code)
+        elif final:
+            receiver.failed(_session_error(event))
+        else:
+            receiver.warning(_session_error(event))
+
+
+def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    options: dict[str, Any] = {
+        "create_connection": ClientWebSocket,
+        "additional_headers": headers,
+        "compression": None,
+        "open_timeout": timeout,
+        "close_timeout": CLOSE_TIMEOUT,
+        "ping_interval": None,  # Heartbeat pings
+        "max_size": MAX_MESSAGE_SIZE,
+    }
+    where, url, options["proxy"] = _locate(addr)
+    try:
+        made = unix_connect(where, url, **options) if where else connect(url, **options)
+        # Entered by hand, since the connection outlives this function; releases
+        # from 17.1 on warn of one that is not.
+        connection = made.__enter__()
+    except InvalidStatus as exc:
+        status = exc.response.status_code
+        if status == 401:
+            raise Unauthorized(f"{addr}: the agent refuses the token") from None
+        raise ConnectFailed(f"{addr}: answered with HTTP status {status}") from None
+    except TimeoutError:
+        raise ConnectFailed(f"{addr}: no answer within {timeout:g} s") from None
+    except (OSError, EOFError, InvalidHandshake) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        raise ConnectFailed(f"{addr}: {reason}") from exc
+    assert isinstance(connection, ClientWebSocket)
+    return connection
+
+
+def _locate(addr: str) -> tuple[str, str, bool | None]:
+    """A unix socket's path or "", the URL, and whether the environment may name a proxy."""
+    if addr.startswith(("ws://", "wss://")):
+        return "", addr, True
+    address = parse_address(addr)
+    if address.path:
+        return address.path, "ws://localhost/ws", None
+    reachable = Address(address.host or "127.0.0.1", address.port)
+    return "", f"ws://{reachable}/ws", None if reachable.is_local else True
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# Processes
+# ══════════════════════════════════════════════════════════════════════════════
+
+
+class _OutputStream(io.RawIOBase):
+    """The reading end of a session's stdout or stderr.
+
+    The receiving thread feeds it, any thread reads it. It keeps what is not read
+    yet, up to UNREAD_LIMIT: version 1 of the protocol cannot hold back one
+    session without holding back them all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changed = threading.Condition()  # guards the attributes below
+        self._chunks: collections.deque[memoryview] = collections.deque()
+        self._size = 0
+        self._ended = False
+        self._error: ClientError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for bytes; 0 at the end. Raises ClientError if the session ended without an exit code."""
+        target = memoryview(buffer).cast("B")
+        with self._changed:
+            self._changed.wait_for(lambda: self._chunks or self._ended)
+            if not self._chunks:
+                if self._error is not None:
+                    raise self._error
+                return 0
+            count = 0
+            while self._chunks and count < len(target):
+                chunk = self._chunks.popleft()
+                part = min(len(chunk), len(target) - count)
+                target[count : count + part] = chunk[:part]
+                count += part
+                if part < len(chunk):
+                    self._chunks.appendleft(chunk[part:])
+            self._size -= count
+            return count
+
+    def feed(self, data: bytes) -> bool:
+        """Take more bytes; False if too many wait already."""
+        with self._changed:
+            if self._size + len(data) > UNREAD_LIMIT:
+                return False
+            if data and not self.closed:
+                self._chunks.append(memoryview(data))
+                self._size += len(data)
+                self._changed.notify_all()
+            return True
+
+    def finish(self, error: ClientError | None) -> None:
+        with self._changed:
+            if not self._ended:
+                self._error = error
+                self._ended = True
+                self._changed.notify_all()
+
+
+class _InputStream(io.RawIOBase):
+    """The writing end of a session's stdin. Any thread may write; a write blocks while the connection is busy."""
+
+    def __init__(self, conn: AgentConn, session_id: str) -> None:
+        super().__init__()
+        self._id = session_id
+        self._channel = conn.open_channel(session_id)
+        self._ended = threading.Event()  # the session has ended: nobody reads any more
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        """Send ``data``. Raises BrokenPipeError once the session has ended."""
+        if self.closed:
+            raise ValueError("write to closed stdin")
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), STDIN_CHUNK):
+            if not self._channel.wait_for_room() or self._ended.is_set():
+                raise BrokenPipeError("the command does not read stdin any more")
+            self._channel.put(Stream.STDIN, bytes(view[start : start + STDIN_CHUNK]))
+        return len(view)
+
+    def close(self) -> None:
+        """End the command's stdin, behind everything written."""
+        if not self.closed:
+            super().close()
+            if not self._ended.is_set():
+                self._channel.send(CloseStdin(self._id))
+
+    def finish(self) -> None:
+        self._ended.set()
+
+
+class _ProcessReceiver:
+    """Takes a session's events for its AgentProcess; entered by the receiving thread alone."""
+
+    def __init__(self, conn: AgentConn, session_id: str) -> None:
+        self.stdin = _InputStream(conn, session_id)
+        self.stdout = _OutputStream()
+        self.stderr = _OutputStream()
+        self.finished = threading.Event()
+        self.code: int | None = None  # set before finished is
+        self.error: ClientError | None = None  # set before finished is
+        self.warnings: list[SessionError] = []
+        self.lost = 0
+        self._conn = conn
+        self._id = session_id
+
+    def output(self, event: Output) -> None:
+        self.lost += event.lost
+        target = self.stdout if event.stream is Stream.STDOUT else self.stderr
+        if not target.feed(event.data) and not self.finished.is_set():
+            self._conn.send(Signal(self._id, "KILL"))
+            self.failed(SessionError(f"more than {UNREAD_LIMIT} bytes of output were not read: the command was killed"))
+
+    def warning(self, error: SessionError) -> None:
+        self.warnings.append(error)
+
+    def ended(self, code: int) -> None:
+        self._finish(code, None)
+
+    def failed(self, error: ClientError) -> None:
+        self._finish(None, error)
+
+    def _finish(self, code: int | None, error: ClientError | None) -> None:
+        if self.finished.is_set():
+            return
+        self.code, self.error = code, error
+        self.stdin.finish()
+        self.stdout.finish(error)
+        self.stderr.finish(error)
+        self.finished.set()
+
+
+class AgentProcess:
+    """A command, or the main process, as subprocess.Popen shows one.
+
+    Attributes:
+        args: the command, () for the main process.
+        stdin, stdout, stderr: file objects, binary or text.
+    """
+
+    def __init__(
+        self, conn: AgentConn, request: Exec | Attach, *, text: bool, encoding: str | None, errors: str | None
+    ) -> None:
+        self.args: tuple[str, ...] = request.cmd if isinstance(request, Exec) else ()
+        self.id = request.id
+        self.receiver = _ProcessReceiver(conn, request.id)
+        self._conn = conn
+        self._text = text or encoding is not None or errors is not None
+        self.stdin: IO[Any]
+        self.stdout: IO[Any]
+        self.stderr: IO[Any]
+        if self._text:
+            names = {"encoding": encoding or "utf-8", "errors": errors}
+            self.stdin = io.TextIOWrapper(io.BufferedWriter(self.receiver.stdin), write_through=True, **names)  # type: ignore[arg-type]
+            self.stdout = io.TextIOWrapper(io.BufferedReader(self.receiver.stdout), **names)  # type: ignore[arg-type]
+            self.stderr = io.TextIOWrapper(io.BufferedReader(self.receiver.stderr), **names)  # type: ignore[arg-type]
+        else:
+            self.stdin = self.receiver.stdin  # type: ignore[assignment]
+            self.stdout = io.BufferedReader(self.receiver.stdout)
+            self.stderr = io.BufferedReader(self.receiver.stderr)
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, 128+n when signal n ended it; None while it runs, or if it is not known."""
+        return self.receiver.code
+
+    @property
+    def lost(self) -> int:
+        """Bytes of the main process's output that are missing, because this side fell behind the replay log."""
+        return self.receiver.lost
+
+    @property
+    def warnings(self) -> list[SessionError]:
+        """What the agent complained about while the session went on."""
+        return self.receiver.warnings
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs.
+
+        Raises:
+            SessionError: if it could not be started.
+            ConnectionLost: if the connection ended first.
+        """
+        if self.receiver.finished.is_set() and self.receiver.error is not None:
+            raise self.receiver.error
+        return self.receiver.code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end; all output has arrived then.
+
+        Raises:
+            subprocess.TimeoutExpired: after ``timeout`` seconds.
+            SessionError, ConnectionLost: as poll().
+        """
+        if not self.receiver.finished.wait(timeout):
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def communicate(
+        self, input: bytes | str | None = None, timeout: float | None = None, *, collect: bool = True
+    ) -> tuple[Any, Any]:
+        """Send ``input``, close stdin, wait for the end; returns stdout and stderr.
+
+        Raises:
+            As wait(); TimeoutExpired holds what has arrived so far.
+        """
+        _pool.submit(self._feed, input)
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired as exc:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self.args, timeout) from exc
+        if not collect:
+            return None, None
+        return self.stdout.read(), self.stderr.read()
+
+    def _feed(self, input: bytes | str | None) -> None:
+        # Nobody reads it any more, as for a pipe; a close may flush, too.
+        with contextlib.suppress(BrokenPipeError):
+            if input:
+                self.stdin.write(input)
+            self.stdin.close()
+
+    def _settle(self) -> None:
+        """Wait for the end of a command that was killed."""
+        self.receiver.finished.wait(CLOSE_TIMEOUT)
+
+    def _copy_output(self) -> list[threading.Event]:
+        """Copy the output to this process's own, in two threads; each event says that one is done."""
+        done = []
+        for source, target in ((self.receiver.stdout, sys.stdout), (self.receiver.stderr, sys.stderr)):
+            event = threading.Event()
+            _pool.submit(_copy, source, target, event)
+            done.append(event)
+        return done
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the command's process group; harmless once it has ended.
+
+        Raises:
+            ValueError: if there is no such signal.
+        """
+        number = parse_signal(str(int(number)))
+        try:
+            name = signal.Signals(number).name
+        except ValueError:  # a real-time signal
+            name = str(number)
+        self._conn.send(Signal(self.id, name))
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def resize(self, width: int, height: int) -> None:
+        """Set the terminal's columns and rows; harmless once it has ended."""
+        self._conn.send(Resize(self.id, width, height))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.close()
+        self.wait()
+        self.stdout.close()
+        self.stderr.close()
+
+
+def _copy(source: _OutputStream, target: IO[str], done: threading.Event) -> None:
+    buffer = bytearray(STDIN_CHUNK)
+    try:
+        while count := source.readinto(buffer):
+            raw = getattr(target, "buffer", None)
+            if raw is not None:
+                target.flush()
+                raw.write(memoryview(buffer)[:count])
+                raw.flush()
+            else:  # something that stands in for sys.stdout and takes text only
+                target.write(bytes(buffer[:count]).decode("utf-8", "replace"))
+    except (OSError, ValueError, SessionError) as exc:  # wait() raises the session's own
+        log.debug("output is no longer copied: %s", exc)
+    finally:
+        done.set()
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# Bridges
+# ══════════════════════════════════════════════════════════════════════════════
+
+
+class _EventQueue:
+    """A session's events in their order, for one thread that takes them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards the attributes below
+        self._outputs: collections.deque[tuple[Stream, bytes]] = collections.deque()
+        self._ended = False
+        self.code: int | None = None
+        self.error: ClientError | None = None
+
+    def output(self, event: Output) -> None:
+        with self._changed:
+            self._outputs.append((event.stream, event.data))
+            self._changed.notify_all()
+
+    def warning(self, error: SessionError) -> None:
+        self.output(Output("", Stream.STDERR, f"{error}\n".encode()))
+
+    def ended(self, code: int) -> None:
+        with self._changed:
+            self.code, self._ended = code, True
+            self._changed.notify_all()
+
+    def failed(self, error: ClientError) -> None:
+        with self._changed:
+            self.error, self._ended = error, True
+            self._changed.notify_all()
+
+    def take(self) -> tuple[Stream, bytes] | None:
+        """Wait for the next output; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._outputs or self._ended)
+            return self._outputs.popleft() if self._outputs else None
+
+    def result(self) -> int:
+        """The exit code. Raises what the session failed with."""
+        if self.error is not None:
+            raise self.error
+        assert self.code is not None
+        return self.code
+
+
+class _Bridge:
+    """One session with a Docker client's socket as its stdin, stdout and stderr.
+
+    The caller's thread sends to the socket, a pool thread receives from it.
+    """
+
+    def __init__(self, conn: AgentConn, sock: socket.socket, request: Exec | Attach, tty: bool) -> None:
+        self._conn = conn
+        self._sock = sock
+        self._request = request
+        self._tty = tty
+        self._events = _EventQueue()
+        self._channel = conn.open_channel(request.id)
+        self._stop_read, self._stop_write = socket.socketpair()
+        self._receiver_done = threading.Event()
+        self._vanished = threading.Event()
+
+    def run(self) -> int:
+        """Carry bytes until the session ends; returns its exit code."""
+        self._conn.start_session(self._request, self._events)
+        _pool.submit(self._receive)
+        try:
+            while (item := self._events.take()) is not None:
+                self._send(*item)
+            return self._events.result()
+        except CommandNotFound as exc:
+            self._send(Stream.STDERR, f"{exc}\n".encode())
+            return 127
+        except CommandNotExecutable as exc:
+            self._send(Stream.STDERR, f"{exc}\n".encode())
+            return 126
+        finally:
+            self._stop_write.close()
+            self._receiver_done.wait()
+            self._stop_read.close()
+
+    def _send(self, stream: Stream, data: bytes) -> None:
+        if self._vanished.is_set():
+            return
+        try:
+            self._sock.sendall(data if self._tty else encode_docker_frame(stream, data))
+        except OSError:
+            self._client_vanished()
+
+    def _receive(self) -> None:
+        """Carry the client's bytes to stdin, until either side ends."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        poller.register(self._stop_read, select.POLLIN)
+        try:
+            while True:
+                events = dict(poller.poll())
+                if self._stop_read.fileno() in events:
+                    return
+                data = self._sock.recv(STDIN_CHUNK)
+                if not data:
+                    break
+                if self._channel.wait_for_room():
+                    self._channel.put(Stream.STDIN, data)
+            self._channel.send(CloseStdin(self._request.id))
+            self._watch(poller)
+        except OSError:
+            self._client_vanished()
+        finally:
+            self._receiver_done.set()
+
+    def _watch(self, poller: select.poll) -> None:
+        """After a half-close: a unix socket's peer that closes for good is seen as POLLHUP."""
+        poller.modify(self._sock, 0)
+        while True:
+            events = dict(poller.poll())
+            if self._stop_read.fileno() in events:
+                return
+            if events.get(self._sock.fileno(), 0) & (select.POLLHUP | select.POLLERR):
+                self._client_vanished()
+                return
+
+    def _client_vanished(self) -> None:
+        if self._vanished.is_set():
+            return
+        self._vanished.set()
+        if isinstance(self._request, Exec):
+            for name in ("HUP", "KILL"):
+                self._conn.send(Signal(self._request.id, name))
+        else:
+            self._channel.send(CloseStdin(self._request.id))
+            self._events.failed(ConnectionLost("the Docker client has left"))
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# Command line
+# ══════════════════════════════════════════════════════════════════════════════
+
+EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND = 125, 126, 127  # as `docker exec` has them
+DETACH_KEYS = b"\x10\x11"  # Ctrl-P Ctrl-Q, as Docker has it
+PASSED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class _Detached(ClientError):
+    """The user typed the detach keys."""
+
+
+class _LocalTerminal:
+    """This process's terminal: raw while entered, and always put back as it was."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._saved: list[Any] | None = None
+
+    def __enter__(self) -> Self:
+        if os.isatty(self.fd):
+            self._saved = termios.tcgetattr(self.fd)
+            tty.setraw(self.fd, termios.TCSADRAIN)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._saved is not None:
+            termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
+            self._saved = None
+
+    def size(self) -> tuple[int, int] | None:
+        """Columns and rows; None if they are not known."""
+        for fd in (self.fd, 1, 2):
+            try:
+                packed = fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8))
+            except OSError:
+                continue
+            rows, columns = struct.unpack_from("HH", packed)
+            if rows and columns:
+                return columns, rows
+        return None
+
+
+class _LocalSession:
+    """Runs one session with this process's own stdin, stdout and stderr."""
+
+    def __init__(self, conn: AgentConn, request: Exec | Attach, options: argparse.Namespace) -> None:
+        self._conn = conn
+        self._request = request
+        self._interactive: bool = options.interactive
+        self._tty: bool = options.tty
+        self._pass_signals: bool = options.sig_proxy
+        self._attached = isinstance(request, Attach)
+        self._events = _EventQueue()
+        self._channel = conn.open_channel(request.id)
+        self._terminal = _LocalTerminal(0)
+        self._typed = b""  # the first of DETACH_KEYS, held back until the next key decides
+
+    def run(self) -> int:
+        """Carry bytes and signals until the session ends; returns its exit code."""
+        self._catch_signals()
+        self._conn.start_session(self._request, self._events)
+        # Raw only where keys are forwarded: else Ctrl-C must go on to interrupt us.
+        raw = self._terminal if self._tty and self._interactive else contextlib.nullcontext()
+        if self._tty:
+            self._resize()
+        with raw:
+            if self._interactive:
+                threading.Thread(target=self._read_stdin, name="stdin", daemon=True).start()
+            elif not self._attached and not self._tty:
+                self._channel.send(CloseStdin(self._request.id))
+            while (item := self._events.take()) is not None:
+                if not self._write(*item):
+                    return 128 + signal.SIGPIPE
+            return self._events.result()
+
+    def _write(self, stream: Stream, data: bytes) -> bool:
+        """Write output; False if nobody reads it any more."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(stream, view) :]
+            except BlockingIOError:  # whoever shares it made it non-blocking
+                select.select((), (stream,), ())
+            except BrokenPipeError:
+                return False
+        return True
+
+    def _read_stdin(self) -> None:
+        try:
+            while data := os.read(0, STDIN_CHUNK):
+                if self._tty and self._attached:
+                    data = self._look_for_detach(data)
+                if data and self._channel.wait_for_room():
+                    self._channel.put(Stream.STDIN, data)
+        except OSError as exc:
+            log.warning("stdin: %s", exc.strerror)
+        except _Detached as exc:
+            self._events.failed(exc)
+            return
+        self._channel.send(CloseStdin(self._request.id))
+
+    def _look_for_detach(self, data: bytes) -> bytes:
+        data = self._typed + data
+        if DETACH_KEYS in data:
+            raise _Detached("detached")
+        self._typed = data[-1:] if data.endswith(DETACH_KEYS[:1]) else b""
+        return data[: len(data) - len(self._typed)]
+
+    def _resize(self) -> None:
+        size = self._terminal.size()
+        if size is not None:
+            self._conn.send(Resize(self._request.id, *size))
+
+    def _catch_signals(self) -> None:
+        def on_resize(number: int, frame: FrameType | None) -> None:
+            # Not from the handler: it may have interrupted the holder of a lock that sending needs.
+            _pool.submit(self._resize)
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            _pool.submit(self._conn.send, Signal(self._request.id, signal.Signals(number).name))
+
+        if self._tty:
+            signal.signal(signal.SIGWINCH, on_resize)
+        if self._pass_signals:
+            for number in PASSED_SIGNALS:
+                signal.signal(number, on_signal)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agent_client",
+        description="Run commands in a container through its sockerless-agent.",
+        epilog="Exit status: the command's own; 128+n if signal n ended it; 125 if this program failed, 126 if the "
+        "command cannot be executed, 127 if it is not found.",
+    )
+    parser.add_argument("--version", action="version", version=f"sockerless-agent-client {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--addr",
+        default=os.environ.get("SOCKERLESS_AGENT_ADDR") or DEFAULT_ADDRESS,
+        help="host:port, unix:/path or ws:// URL of the agent (SOCKERLESS_AGENT_ADDR; default: %(default)s)",
+    )
+    common.add_argument(
+        "--token-file", metavar="PATH", help="read the bearer token from PATH (or SOCKERLESS_AGENT_TOKEN)"
+    )
+    session = argparse.ArgumentParser(add_help=False, parents=[common])
+    session.add_argument("-i", "--interactive", action="store_true", help="forward stdin")
+    session.add_argument("-t", "--tty", action="store_true", help="on a terminal")
+    session.add_argument(
+        "--no-sig-proxy", dest="sig_proxy", action="store_false", help="do not pass signals on to the process"
+    )
+    run = commands.add_parser(
+        "exec", parents=[session], help="run a command", usage="%(prog)s [options] [--] CMD [ARG ...]"
+    )
+    run.add_argument(
+        "-e", "--env", metavar="K=V", action="append", default=[], help="set a variable (K alone: from here)"
+    )
+    run.add_argument("-w", "--workdir", metavar="DIR", default="", help="working directory")
+    run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command and its arguments")
+    commands.add_parser("attach", parents=[session], help="attach to the main process; -it detaches with Ctrl-P Ctrl-Q")
+    commands.add_parser("health", parents=[common], help="print the agent's health; exit status 1 if unhealthy")
+    return parser
+
+
+def _read_token(options: argparse.Namespace) -> str | None:
+    if options.token_file is None:
+        return os.environ.get("SOCKERLESS_AGENT_TOKEN")
+    try:
+        with open(options.token_file, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError as exc:
+        raise ClientError(f"{options.token_file}: {exc.strerror}") from None
+
+
+def _variables(items: Sequence[str]) -> Iterator[str]:
+    """``K=V`` as it is; ``K`` alone is taken from this process, if it has it, as docker exec does."""
+    for item in items:
+        name, equals, _ = item.partition("=")
+        if not name:
+            raise ClientError(f"--env: not K=V: {item!r}")
+        if equals:
+            yield item
+        elif name in os.environ:
+            yield f"{name}={os.environ[name]}"
+
+
+def _run_exec(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    cmd = options.cmd[1:] if options.cmd[:1] == ["--"] else options.cmd
+    if not cmd:
+        parser.error("exec: no command given")
+    if options.tty and options.interactive and not os.isatty(0):
+        raise ClientError("the input device is not a terminal: leave out -t")
+    request = Exec("exec", tuple(cmd), tuple(_variables(options.env)), options.workdir, options.tty)
+    with AgentConn.dial(options.addr, _read_token(options)) as conn:
+        return _LocalSession(conn, request, options).run()
+
+
+def _run_attach(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    with AgentConn.dial(options.addr, _read_token(options)) as conn:
+        try:
+            return _LocalSession(conn, Attach("attach"), options).run()
+        except _Detached:
+            return 0
+
+
+class _UnixHTTPConnection(http.client.HTTPConnection):
+    """http.client over a unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(OPEN_TIMEOUT)
+        self.sock.connect(self._path)
+
+
+def fetch_health(addr: str) -> dict[str, Any]:
+    """What ``GET /health`` of an agent answers.
+
+    Raises:
+        ConnectFailed: if there is no agent, or it does not answer.
+        ValueError: if ``addr`` is none.
+    """
+    address = parse_address(addr)
+    connection = (
+        _UnixHTTPConnection(address.path, OPEN_TIMEOUT)
+        if address.path
+        else http.client.HTTPConnection(address.host or "127.0.0.1", address.port, timeout=OPEN_TIMEOUT)
+    )
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            body = response.read()
+            if response.status != 200:
+                raise ConnectFailed(f"{addr}: answered with HTTP status {response.status}")
+            state = json.loads(body)
+        except (OSError, http.client.HTTPException) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+            raise ConnectFailed(f"{addr}: {reason}") from exc
+        except ValueError:
+            raise ConnectFailed(f"{addr}: its answer is not JSON") from None
+    if not isinstance(state, dict):
+        raise ConnectFailed(f"{addr}: its answer is not a JSON object")
+    return state
+
+
+def _run_health(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    state = fetch_health(options.addr)
+    print(json.dumps(state, indent=2))
+    healthy = state.get("status") == "ok" and state.get("health", {}).get("status") != "unhealthy"
+    return 0 if healthy else 1
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace, argparse.ArgumentParser], int]] = {
+    "exec": _run_exec,
+    "attach": _run_attach,
+    "health": _run_health,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command line; ends the process with the command's exit status."""
+    logging.basicConfig(format="agent_client: %(message)s", level=logging.WARNING)
+    parser = _make_parser()
+    options = parser.parse_args(argv)
+    code = EXIT_FAILED
+    try:
+        code = _COMMANDS[options.command](options, parser)
+    except CommandNotFound as exc:
+        print(f"agent_client: {exc}", file=sys.stderr)
+        code = EXIT_NOT_FOUND
+    except CommandNotExecutable as exc:
+        print(f"agent_client: {exc}", file=sys.stderr)
+        code = EXIT_NOT_EXECUTABLE
+    except (ClientError, ValueError) as exc:
+        print(f"agent_client: {exc}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        sys.stdout.flush()
+    # Not sys.exit(): a thread may still be in a read of stdin, which nothing can end.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
