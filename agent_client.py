@@ -579,6 +579,17 @@ class _OutputStream(io.RawIOBase):
             self._size -= count
             return count
 
+    def readall(self) -> bytes:
+        """Wait for the end and return the rest; in one piece, where the base class would read 8 KiB at a time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended)
+            if self._error is not None and not self._chunks:
+                raise self._error
+            data = b"".join(self._chunks)
+            self._chunks.clear()
+            self._size = 0
+            return data
+
     def feed(self, data: bytes) -> bool:
         """Take more bytes; False if too many wait already."""
         with self._changed:
