@@ -6,6 +6,7 @@ One file that is copied into an image and trusted as PID 1. It needs CPython
 
     python -m agent                                  serve execs on :9111
     python -m agent --keep-alive -- node server.js   and run a main process
+    python -m agent --callback URL                   dial a backend instead
     python -m agent --help                           every flag
 
 A client opens a WebSocket on ``/ws`` and starts any number of sessions on it:
@@ -24,7 +25,8 @@ The file reads top-down; each section uses only those above it:
      8  Health checks          Docker HEALTHCHECK
      9  Connection             one WebSocket peer
     10  Server mode            listen, authenticate, answer /health
-    11  Command line           main, signals, exit code
+    11  Reverse mode           dial the backend, and dial again
+    12  Command line           main, signals, exit code
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ import hmac
 import http
 import json
 import logging
+import math
 import os
 import queue
+import random
 import re
 import secrets
 import select
@@ -60,21 +64,23 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 if __name__ == "__main__":
     # `docker diff` shows what changed since PID 1 started: leave no __pycache__.
     sys.dont_write_bytecode = True
 
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.frames import CloseCode, Opcode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
 from websockets.protocol import OPEN
 from websockets.server import ServerProtocol
+from websockets.sync.client import ClientConnection, connect
 from websockets.sync.connection import Connection as WebSocket
 from websockets.sync.server import ServerConnection, serve
 from websockets.typing import BytesLike
+from websockets.uri import parse_uri
 
 try:  # the C helper that websockets itself prefers
     from websockets.speedups import apply_mask
@@ -120,6 +126,7 @@ class Reason(enum.StrEnum):
     NOT_EXECUTABLE = "not_executable"  # of a command: 126 for a shell
     START_FAILED = "start_failed"
     NO_MAIN_PROCESS = "no_main_process"
+    LIFETIME_EXPIRED = "lifetime_expired"  # the platform is about to end the agent
     LIMIT = "limit"
     STDIN_OVERFLOW = "stdin_overflow"  # the command did not read what was sent
 
@@ -489,7 +496,7 @@ def parse_signal(text: str) -> int:
 # ══════════════════════════════════════════════════════════════════════════════
 
 ENV_PREFIX = "SOCKERLESS_AGENT_"
-SECRET_VARIABLES = ("SOCKERLESS_AGENT_TOKEN", "SOCKERLESS_CALLBACK_URL")
+SECRET_VARIABLES = ("SOCKERLESS_AGENT_TOKEN", "SOCKERLESS_CALLBACK_URL", "SOCKERLESS_AGENT_CALLBACK")
 PID_FILE = "/tmp/.sockerless-mainpid"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # as Docker has it
 
@@ -518,12 +525,55 @@ class Address:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Callback:
+    """Where reverse mode dials: a ``ws:`` or ``wss:`` URL, whose query holds secrets."""
+
+    url: str = dataclasses.field(default="", repr=False)
+    given: str = dataclasses.field(default="", repr=False)  # as it stands in a flag or variable
+
+    def __bool__(self) -> bool:
+        return bool(self.url)
+
+    def __str__(self) -> str:
+        """The URL without its query, and without a password."""
+        parts = urllib.parse.urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    @property
+    def secure(self) -> bool:
+        return self.url.startswith("wss:")
+
+    def secrets(self) -> list[str]:
+        """What no log may show: the query, its values, and a password, as they are and decoded."""
+        parts = urllib.parse.urlsplit(self.url)
+        values = [pair.partition("=")[2] for pair in parts.query.split("&")]
+        hidden = [parts.query, *values, parts.password or ""]
+        hidden += [urllib.parse.unquote_plus(value) for value in hidden]
+        return [secret for secret in hidden if len(secret) >= 4]  # less would only garble the log
+
+    def with_session_id(self, container_id: str) -> Callback:
+        """With ``session_id`` in the query if it has none; what is there stays, byte for byte."""
+        head, _, query = self.url.partition("?")
+        if not container_id or any(pair.partition("=")[0] == "session_id" for pair in query.split("&")):
+            return self
+        joint = "&" if query else ""
+        session_id = urllib.parse.quote(container_id, safe="")
+        return Callback(f"{head}?{query}{joint}session_id={session_id}", self.given)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """Everything that flags and environment decide. Times in seconds, sizes in bytes."""
 
     addr: Address = Address(port=9111)
     keep_alive: bool = False
     command: tuple[str, ...] = ()
+    callback: Callback = Callback()
+    callback_retries: int = 10
+    callback_ca: str = ""
+    lifetime: float = 0.0
+    lifetime_margin: float = 5.0
+    lifetime_signal: int = 0
     tty: bool = False
     copy_output: bool = True
     exit_with_main: bool = False
@@ -599,6 +649,26 @@ def parse_address(text: str) -> Address:
     return Address(host=host, port=int(port))
 
 
+def parse_callback(text: str) -> Callback:
+    """A callback URL: ``http:``, ``https:``, ``ws:`` or ``wss:``. Its text is in no error: it holds secrets.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    scheme, colon, rest = text.partition(":")
+    scheme = {"http": "ws", "https": "wss"}.get(scheme.lower(), scheme.lower())
+    if not colon or scheme not in ("ws", "wss"):
+        raise ValueError("not a URL that starts with http:, https:, ws: or wss:")
+    url = f"{scheme}:{rest}"
+    try:
+        parse_uri(url)
+    except InvalidURI:
+        raise ValueError("not a valid URL: it needs a host, and may have no fragment") from None
+    except ValueError:
+        raise ValueError("not a valid URL") from None
+    return Callback(url, text)
+
+
 def _parse_boolean(text: str) -> bool:
     # strconv.ParseBool's words, since `-keep-alive=true` is Go's spelling.
     if text.lower() in ("1", "t", "true"):
@@ -614,11 +684,23 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
+def _parse_whole_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"must be a whole number of 0 or more, not {text!r}")
+    return int(text)
+
+
 def _parse_positive_duration(text: str) -> float:
     seconds = parse_duration(text)
     if seconds <= 0:
         raise ValueError(f"must be longer than 0, not {text!r}")
     return seconds
+
+
+def _check_file(path: str) -> str:
+    if path and not os.access(path, os.R_OK):
+        raise ValueError(f"cannot read {path!r}")
+    return path
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
@@ -662,6 +744,15 @@ class Option:
 
 OPTIONS = (
     Option("addr", parse_address, "ADDR", "listen on ADDR: :9111, host:port, [::1]:port, unix:/path; port 0 picks one"),
+    Option("callback", parse_callback, "URL",
+           "reverse mode: dial this URL (http, https, ws, wss) instead of listening; also SOCKERLESS_CALLBACK_URL"),
+    Option("callback-retries", _parse_whole_number, "N",
+           "failed tries in a row after which reverse mode gives up; 0 for never (default: 10)"),
+    Option("callback-ca", _check_file, "PATH", "trust the certificates in PATH (PEM) for the callback, and no others"),
+    Option("lifetime", _parse_positive_duration, "DURATION",
+           "how long the platform lets the agent live: clients are told before it ends"),
+    Option("lifetime-margin", parse_duration, "DURATION", "how long before its end they are told (default: 5s)"),
+    Option("lifetime-signal", parse_signal, "SIGNAL", "tell them when this signal arrives, too: TERM or INT"),
     Option("keep-alive", _parse_boolean, "", "run the remaining arguments (default: /bin/sh) as the main process"),
     Option("tty", _parse_boolean, "", "give the main process a terminal"),
     Option("copy-output", _parse_boolean, "", "copy the main process's output to the agent's own (default: true)"),
@@ -763,6 +854,13 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
             values[option.target] = option.parse(text)
         except ValueError as exc:
             raise ConfigError(f"{source}: {exc}") from None
+    if "callback" not in values and environ.get("SOCKERLESS_CALLBACK_URL"):
+        try:
+            values["callback"] = parse_callback(environ["SOCKERLESS_CALLBACK_URL"])
+        except ValueError as exc:
+            raise ConfigError(f"environment variable SOCKERLESS_CALLBACK_URL: {exc}") from None
+    if "callback" in values:
+        values["callback"] = values["callback"].with_session_id(environ.get("SOCKERLESS_CONTAINER_ID", ""))
     config = Config(**values, command=tuple(command))
     if command and not config.keep_alive:
         raise ConfigError(f"a command ({command[0]!r}) needs --keep-alive in front of it")
@@ -807,7 +905,8 @@ def set_up_logging(config: Config) -> None:
     """Send log lines to stderr. A log that cannot be written never stops the agent."""
     logging.raiseExceptions = False
     handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(config.log_format, (config.token, urllib.parse.quote(config.token, safe=""))))
+    hidden = (config.token, urllib.parse.quote(config.token, safe=""), *config.callback.secrets())
+    handler.setFormatter(LogFormatter(config.log_format, hidden))
     level = {"warn": "warning"}.get(config.log_level, config.log_level).upper()
     root = logging.getLogger("sockerless")
     root.handlers[:] = [handler]
@@ -2896,7 +2995,66 @@ class HealthChecker:
 CLOSE_TIMEOUT = 3.0  # seconds for the closing handshake
 BACKLOG_LIMIT = 4 << 20  # bytes of error replies that may wait for a peer that does not read them
 REMEMBERED_IDS = 4096  # ended sessions whose late messages are expected
+CONTROL_SIZE = 16  # bytes; a ping or pong of ours is smaller, a message is not
 IOV_MAX = 1024  # buffers in one sendmsg(2), see <limits.h>
+
+
+class TLSStream:
+    """An SSLSocket that one thread reads while another writes.
+
+    An OpenSSL connection must not be entered by two threads at once, and a
+    blocking read would keep a writer out. So the socket does not block, a lock
+    guards each call, and the waiting is done outside it. Has the part of a
+    socket's interface that websockets and QueuedConnection use.
+    """
+
+    RECORD = 16 << 10  # bytes in a TLS record at most (RFC 8446 §5.1)
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()  # guards _sock's OpenSSL state
+        sock.settimeout(0)
+
+    def recv(self, size: int) -> bytes:
+        while True:
+            try:
+                with self._lock:
+                    return self._sock.recv(max(size, self.RECORD))  # a whole record: nothing stays behind in OpenSSL
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT)
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b""
+
+    def sendall(self, data: BytesLike) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                with self._lock:
+                    count = self._sock.send(view[: self.RECORD])
+                view = view[count:]
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT)
+
+    def sendmsg(self, buffers: Iterable[BytesLike]) -> int:
+        data = b"".join(buffers)
+        self.sendall(data)
+        return len(data)
+
+    def _wait(self, event: int) -> None:
+        poller = select.poll()
+        poller.register(self._sock, event)
+        poller.poll()
+
+    def __getattr__(self, name: str) -> Any:
+        # fileno, shutdown, close, getsockopt, getpeername, family ...: system calls on the descriptor.
+        return getattr(self._sock, name)
+
+    def settimeout(self, timeout: float | None) -> None:
+        """Ignored: the deadline of a closing handshake is kept by websockets' close()."""
 
 
 class QueuedConnection(WebSocket):
@@ -2916,11 +3074,15 @@ class QueuedConnection(WebSocket):
     recv_bufsize = 256 << 10
     masked = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         self.outbox = Outbox(self.masked)
         self.last_received = time.monotonic()  # written by the receiver alone
+        self.progress: tuple[int, float] = (0, time.monotonic())  # see stuck_for(); the heartbeat's alone
         self._writing = False  # guarded by protocol_mutex; once True, only the writer sends
-        super().__init__(*args, **kwargs)
+        self._sent = 0  # bytes handed to the kernel, pings and pongs aside; the role's, see Outbox
+        self._secure = isinstance(sock, ssl.SSLSocket)
+        super().__init__(cast(socket.socket, TLSStream(sock)) if isinstance(sock, ssl.SSLSocket) else sock,
+                         *args, **kwargs)  # fmt: skip
 
     def start_writer(self, pool: ThreadPool) -> None:
         """Send from a thread of ``pool`` from now on; call it right after the handshake.
@@ -2931,7 +3093,7 @@ class QueuedConnection(WebSocket):
         (thread,) = pool.reserve(1)
         with self.protocol_mutex:
             self._writing = True
-        if not isinstance(self.socket, ssl.SSLSocket):  # which knows no MSG_DONTWAIT
+        if not self._secure:  # TLS knows no MSG_DONTWAIT
             self.outbox.allow_sending_now(self._send_now)
         thread.run(self._write)
 
@@ -2980,6 +3142,12 @@ class QueuedConnection(WebSocket):
         (last_ack_received,) = struct.unpack_from("I", info, 56)
         return min(silence, float(last_ack_received) / 1000)
 
+    def stuck_for(self) -> float:
+        """Seconds since the peer last sent something, or took something other than a ping."""
+        if self._sent != self.progress[0]:
+            self.progress = (self._sent, time.monotonic())
+        return time.monotonic() - max(self.progress[1], self.last_received)
+
     def _write(self) -> None:
         """The writer: sends, waiting as long as the peer makes it wait, until the connection ends."""
         try:
@@ -3001,13 +3169,19 @@ class QueuedConnection(WebSocket):
 
     def _send(self, buffers: list[BytesLike]) -> None:
         while buffers:
-            _drop(buffers, self.socket.sendmsg(buffers[:IOV_MAX]))
+            count = self.socket.sendmsg(buffers[:IOV_MAX])
+            if count > CONTROL_SIZE:
+                self._sent += count
+            _drop(buffers, count)
 
     def _send_now(self, batch: list[bytes | _Turn]) -> list[BytesLike]:
         """Send without waiting, in whichever thread; returns what is left."""
         buffers = [buffer for item in batch for buffer in self._to_buffers(item)]
         try:
-            _drop(buffers, self.socket.sendmsg(buffers[:IOV_MAX], (), socket.MSG_DONTWAIT))
+            count = self.socket.sendmsg(buffers[:IOV_MAX], (), socket.MSG_DONTWAIT)
+            if count > CONTROL_SIZE:
+                self._sent += count
+            _drop(buffers, count)
         except BlockingIOError:
             pass
         except OSError as exc:
@@ -3037,13 +3211,16 @@ def _drop(buffers: list[BytesLike], count: int) -> None:
 class Heartbeat:
     """One thread that pings every connection and closes those whose peer is gone.
 
-    A missing pong is not enough: a version 1 peer that is blocked on its own
-    slow reader answers none. Gone is who does not even acknowledge at the TCP level.
+    A missing pong is not enough: a version 1 client that is blocked on its own
+    slow reader answers none. Gone is who does not even acknowledge at the TCP
+    level. A backend, which reverse mode dials, never blocks on its readers:
+    there, gone is also who neither sends nor takes anything.
     """
 
-    def __init__(self, interval: float, timeout: float) -> None:
+    def __init__(self, interval: float, timeout: float, strict: bool = False) -> None:
         self._interval = interval
         self._timeout = timeout
+        self._strict = strict
         self._lock = threading.Lock()  # guards the attributes below
         self._connections: dict[QueuedConnection, float] = {}  # and when each is pinged next
         self._started = False
@@ -3074,7 +3251,7 @@ class Heartbeat:
                     log.exception("heartbeat: unexpected error")
 
     def _check(self, connection: QueuedConnection) -> None:
-        silence = connection.silence()
+        silence = connection.stuck_for() if self._strict else connection.silence()
         if silence > self._timeout:
             log.warning("connection closed: nothing was heard of the peer for %.0f seconds", silence)
             connection.close_socket()
@@ -3094,10 +3271,30 @@ class SessionRegistry:
         self._lock = threading.Lock()  # guards the attributes below
         self._count = 0
         self._peers: set[Peer] = set()
+        self._expired = False
+
+    @property
+    def expired(self) -> bool:
+        """Whether the agent's lifetime is over: nothing is started any more."""
+        return self._expired
+
+    def expire(self) -> None:
+        """Tell every client, once, that the platform is about to end this agent."""
+        with self._lock:
+            if self._expired:
+                return
+            self._expired = True
+            peers = list(self._peers)
+        log.warning("lifetime expired: %d clients are told, nothing is started any more", len(peers))
+        for peer in peers:
+            peer.send(LifetimeExpired())
 
     def add(self, peer: Peer) -> None:
         with self._lock:
             self._peers.add(peer)
+            expired = self._expired
+        if expired:
+            peer.send(LifetimeExpired())
 
     def remove(self, peer: Peer) -> None:
         with self._lock:
@@ -3170,6 +3367,13 @@ class Peer:
         """Wait until everything queued was handed to the kernel; False if it was not."""
         return self._connection.outbox.flush(timeout)
 
+    def linger(self, timeout: float) -> None:
+        """Give the peer time to read: a deployed Go backend loses an exit that a close follows at once."""
+        with self._lock:
+            had_sessions = bool(self._ended_ids or self._sessions)
+        if had_sessions:
+            self._connection.recv_events_thread.join(timeout)  # ends early if the peer closes
+
     def attached(self) -> bool:
         """Whether a session still waits for the main process's output."""
         with self._lock:
@@ -3185,10 +3389,14 @@ class Peer:
             if self._sessions.get(session.id) is not session:
                 return
             del self._sessions[session.id]
-            self._ended_ids[session.id] = None
-            if len(self._ended_ids) > REMEMBERED_IDS:
-                del self._ended_ids[next(iter(self._ended_ids))]
+            self._remember(session.id)
         self._registry.give_place()
+
+    def _remember(self, session_id: str) -> None:
+        """Late messages for this id are to be expected. Holds the lock."""
+        self._ended_ids[session_id] = None
+        if len(self._ended_ids) > REMEMBERED_IDS:
+            del self._ended_ids[next(iter(self._ended_ids))]
 
     def send(self, message: Event) -> None:
         self._connection.outbox.send(message)
@@ -3240,16 +3448,22 @@ class Peer:
         with self._lock:
             taken = request.id in self._sessions
             count = len(self._sessions)
+            if not taken:
+                self._remember(request.id)  # stdin may be behind a request that is refused
+        limit = self._runtime.config.max_sessions
         if taken:
             self._refuse(request.id, f"session id {request.id[:80]!r} is in use", Reason.DUPLICATE_SESSION)
-            return
-        if isinstance(request, Attach) and self._main is None:
+        elif self._registry.expired:
+            expired = "the agent's lifetime has expired: nothing is started any more"
+            self._refuse(request.id, expired, Reason.LIFETIME_EXPIRED)
+        elif isinstance(request, Attach) and self._main is None:
             self._refuse(request.id, "there is no main process to attach to", Reason.NO_MAIN_PROCESS)
-            return
-        if count >= self._runtime.config.max_sessions:
-            limit = self._runtime.config.max_sessions
+        elif count >= limit:
             self._refuse(request.id, f"too many sessions: the connection's limit is {limit}", Reason.LIMIT)
-            return
+        else:
+            self._take_place_and_open(request)
+
+    def _take_place_and_open(self, request: Exec | Attach) -> None:
         try:
             self._registry.take_place()
         except LimitError as exc:
@@ -3364,6 +3578,47 @@ def open_listener(address: Address) -> socket.socket:
     return socket.create_server(where[:2], family=family, backlog=LISTEN_BACKLOG)
 
 
+def accept_forever(listener: socket.socket, handler: Callable[[socket.socket, Any], None], pool: ThreadPool) -> None:
+    """Accept connections until close_listener() is called; each is handled in a pool thread.
+
+    The library's own loop ends for good at the first error of accept(2), and at
+    a thread that cannot start. Both pass once somebody lets go of something.
+    """
+    while True:
+        try:
+            sock, where = listener.accept()
+        except OSError as exc:
+            if exc.errno in (errno.EBADF, errno.EINVAL):  # closed, or shut
+                return
+            log.error("cannot accept a connection: %s", exc.strerror)
+            time.sleep(ACCEPT_PAUSE)
+            continue
+        try:
+            pool.submit(handler, sock, where)
+        except RuntimeError as exc:
+            log.error("cannot serve a connection: %s", exc)
+            sock.close()
+            time.sleep(ACCEPT_PAUSE)
+
+
+def close_listener(listener: socket.socket) -> None:
+    """Close a listening socket, and end the accept_forever() on it."""
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)  # wakes accept(2), as close(2) would not
+    listener.close()
+
+
+def bearer_token(request: HTTPRequest) -> bytes:
+    """The token that a request shows: in its header, or in its query where a client can set no header."""
+    headers = request.headers.get_all("Authorization")
+    if headers:
+        scheme, _, given = headers[0].partition(" ")
+        given = given.strip() if len(headers) == 1 and scheme.lower() == "bearer" else ""
+    else:
+        given = urllib.parse.parse_qs(request.path.partition("?")[2]).get("token", [""])[0]
+    return given.encode("utf-8", "surrogateescape")
+
+
 class Server:
     """Accepts WebSocket clients and answers ``GET /health``."""
 
@@ -3382,7 +3637,6 @@ class Server:
         self._health = health
         self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout)
         self._socket = open_listener(config.addr)
-        self._closing = False  # written by close() before the socket is shut
         logger = logging.getLogger("sockerless.websockets")
         self._handler = serve(
             self._serve_peer,
@@ -3407,7 +3661,8 @@ class Server:
         return str(Address(host, port))
 
     def start(self) -> None:
-        threading.Thread(target=self._accept, name="acceptor", daemon=True).start()
+        arguments = (self._socket, self._handler, self._runtime.pool)
+        threading.Thread(target=accept_forever, args=arguments, name="acceptor", daemon=True).start()
         log.info("listening on %s", self.address)
         config = self._runtime.config
         if not config.token and not config.addr.is_local:
@@ -3416,31 +3671,10 @@ class Server:
 
     def close(self) -> None:
         """Accept no more connections. Those that exist stay."""
-        self._closing = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept(2)
-        self._socket.close()
+        close_listener(self._socket)
         if self._runtime.config.addr.path:
             with contextlib.suppress(OSError):
                 os.unlink(self._runtime.config.addr.path)
-
-    def _accept(self) -> None:
-        # The library's own loop ends for good at the first error of accept(2),
-        # and at a thread that cannot start: both pass once somebody lets go.
-        while not self._closing:
-            try:
-                sock, where = self._socket.accept()
-            except OSError as exc:
-                if not self._closing:
-                    log.error("cannot accept a connection: %s", exc.strerror)
-                    time.sleep(ACCEPT_PAUSE)
-                continue
-            try:
-                self._runtime.pool.submit(self._handler, sock, where)
-            except RuntimeError as exc:
-                log.error("cannot serve a connection: %s", exc)
-                sock.close()
-                time.sleep(ACCEPT_PAUSE)
 
     def _serve_peer(self, connection: ServerConnection) -> None:
         assert isinstance(connection, ServerWebSocket)
@@ -3455,7 +3689,7 @@ class Server:
 
     def _process_request(self, connection: ServerConnection, request: HTTPRequest) -> HTTPResponse | None:
         """Answer a request, or None to let the WebSocket handshake go on."""
-        path, _, query = request.path.partition("?")
+        path = request.path.partition("?")[0]
         if path not in ("/health", "/ws"):
             return connection.respond(http.HTTPStatus.NOT_FOUND, "not found; there are /health and /ws\n")
         # Releases of the library before 17 parse nothing but GET, see ServerWebSocket.
@@ -3468,12 +3702,13 @@ class Server:
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "application/json"
             return response
-        if not self._is_authorized(request, query):
+        token = self._runtime.config.token
+        if token and not hmac.compare_digest(bearer_token(request), token.encode("utf-8", "surrogateescape")):
             log.warning("client refused: missing or wrong token")
             response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
-        if not self._runtime.config.token and self._is_foreign_page(request):
+        if not token and self._is_foreign_page(request):
             log.warning("client refused: a web page of another host")
             return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
         return None
@@ -3490,19 +3725,6 @@ class Server:
             state["health"] = self._health.describe()
         return state
 
-    def _is_authorized(self, request: HTTPRequest, query: str) -> bool:
-        """Check the bearer token: of the header, or of the query where a client can set no header."""
-        token = self._runtime.config.token
-        if not token:
-            return True
-        headers = request.headers.get_all("Authorization")
-        if headers:
-            scheme, _, given = headers[0].partition(" ")
-            given = given.strip() if len(headers) == 1 and scheme.lower() == "bearer" else ""
-        else:
-            given = urllib.parse.parse_qs(query).get("token", [""])[0]
-        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode("utf-8", "surrogateescape"))
-
     @staticmethod
     def _is_foreign_page(request: HTTPRequest) -> bool:
         """Whether a browser's page of another host asks (RFC 6454): it must not reach an agent on localhost."""
@@ -3512,12 +3734,157 @@ class Server:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 11  Command line
+# 11  Reverse mode
+#     Owns the connection to a backend that this side dials, for functions that
+#     accept none. One thread, the dialer, dials and then serves the connection.
+# ══════════════════════════════════════════════════════════════════════════════
+
+BACKOFF_FIRST, BACKOFF_LAST = 1.0, 30.0  # seconds between two tries
+STEADY_AFTER = 10.0  # seconds after which a connection counts as one that held
+GHOST_DROP = 5.0  # seconds within which a backend drops a dial whose predecessor it still has
+
+
+class DialerSocket(QueuedConnection, ClientConnection):
+    """A connection that this agent dialled."""
+
+    masked = True
+
+
+class ReverseDialer:
+    """Keeps a connection to the backend: dials, serves, and dials again.
+
+    Tries that fail are spaced by exponential backoff with jitter and counted;
+    a connection that held sets both back.
+    """
+
+    def __init__(
+        self, runtime: Runtime, registry: SessionRegistry, main: MainProcess | None, on_give_up: Callable[[], None]
+    ) -> None:
+        config = runtime.config
+        self._runtime = runtime
+        self._registry = registry
+        self._main = main
+        self._on_give_up = on_give_up
+        self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout, strict=True)
+        self._closing = threading.Event()
+        # The dialer thread's alone.
+        self._failures = 0  # in a row
+        # The last connection ended without a close, so the backend may have it
+        # still. It drops both when it sees one id twice: that costs no try.
+        self._ghost = False
+
+    def start(self) -> None:
+        log.info("reverse mode: dialling %s", self._runtime.config.callback)
+        threading.Thread(target=self._run, name="dialer", daemon=True).start()
+
+    def close(self) -> None:
+        """Dial no more. The connection that exists stays."""
+        self._closing.set()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connection = self._dial()
+            except (OSError, EOFError, InvalidHandshake, ValueError) as exc:
+                if not self._wait_after(self._explain(exc)):
+                    return
+                continue
+            started = time.monotonic()
+            clean = self._serve(connection)
+            held = time.monotonic() - started
+            if self._closing.is_set():
+                return
+            if self._ghost and held < GHOST_DROP:
+                log.info("reverse mode: the backend still had the lost connection; dialling again")
+                self._ghost = False
+                continue
+            self._ghost = not clean
+            if held >= STEADY_AFTER:
+                self._failures = 0
+            elif not self._wait_after(f"the connection ended after {held:.1f} s"):
+                return
+
+    def _dial(self) -> DialerSocket:
+        """Connect. Raises what websockets and the system have for it."""
+        config = self._runtime.config
+        context = None
+        if config.callback.secure:
+            context = ssl.create_default_context(cafile=config.callback_ca or None)
+        connection = connect(
+            config.callback.url,
+            create_connection=DialerSocket,
+            additional_headers={"Authorization": f"Bearer {config.token}"} if config.token else None,
+            user_agent_header=f"sockerless-agent/{__version__}",
+            ssl=context,
+            compression=None,
+            open_timeout=HANDSHAKE_TIMEOUT,
+            close_timeout=CLOSE_TIMEOUT,
+            ping_interval=None,  # Heartbeat pings, see there
+            max_size=config.max_message_size,
+            logger=logging.getLogger("sockerless.websockets"),
+        ).__enter__()  # by hand: releases from 17.1 on warn of a connection that is not entered
+        assert isinstance(connection, DialerSocket)
+        return connection
+
+    def _serve(self, connection: DialerSocket) -> bool:
+        """Serve the backend until the connection ends; returns whether that was a closing handshake."""
+        log.info("reverse mode: connected to %s", self._runtime.config.callback)
+        try:
+            connection.start_writer(self._runtime.pool)
+        except RuntimeError as exc:
+            log.error("reverse mode: %s", exc)
+            connection.close()
+            return True
+        self._heartbeat.add(connection)
+        try:
+            Peer(self._runtime, connection, self._registry, self._main, str(self._runtime.config.callback)).serve()
+        finally:
+            self._heartbeat.remove(connection)
+        # A clean Close before dialling again, so that the backend forgets the id.
+        connection.close()
+        return connection.protocol.close_rcvd is not None
+
+    def _explain(self, exc: Exception) -> str:
+        if isinstance(exc, InvalidStatus):
+            status = exc.response.status_code
+            meaning = {
+                401: ": the token is missing or wrong",
+                403: ": the backend forbids it",
+                404: ": no such path, or the backend does not know this agent",
+            }.get(status, "")
+            return f"HTTP status {status}{meaning}"
+        if isinstance(exc, TimeoutError):
+            return f"no answer within {HANDSHAKE_TIMEOUT:g} s"
+        cause = exc.__cause__ or exc
+        return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+
+    def _wait_after(self, failure: str) -> bool:
+        """Wait for the next try; False if there is to be none."""
+        config = self._runtime.config
+        self._failures += 1
+        limit = config.callback_retries
+        if limit and self._failures >= limit:
+            log.error("reverse mode: cannot connect to %s: %s; giving up after %d tries",
+                      config.callback, failure, self._failures)  # fmt: skip
+            self._on_give_up()
+            return False
+        longest = min(BACKOFF_LAST, BACKOFF_FIRST * 2 ** min(self._failures - 1, 10))
+        pause = longest * random.uniform(0.5, 1)  # a herd of agents must not dial in step
+        log.warning("reverse mode: cannot connect to %s: %s; try %d of %s, next in %.1f s",
+                    config.callback, failure, self._failures, limit or "any number", pause)  # fmt: skip
+        return not self._closing.wait(pause)
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 12  Command line
 #     Owns the order of start and end, the signals, and the exit code. The main
 #     thread runs it, and after the start only waits.
 # ══════════════════════════════════════════════════════════════════════════════
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
+# What may happen beside a signal, whose numbers are positive.
+MAIN_ENDED, BACKEND_GIVEN_UP = -1, -2
+CLOSE_LINGER = 1.0  # seconds between the last message and the close of a connection
 LINGER = 2.0  # seconds for clients to be told the last output and the exit code
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FORWARDED_SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
@@ -3533,16 +3900,23 @@ class Agent:
         self._main = MainProcess(self._runtime) if config.keep_alive else None
         self._health = HealthChecker(self._runtime) if config.health_cmd else None
         self._copier: OutputCopier | None = None
-        # A signal's number, or None when the main process has ended. SimpleQueue
-        # is the one queue that a signal handler may put into.
-        self._events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        # A signal's number, or one of the events below. SimpleQueue is the one
+        # queue that a signal handler may put into.
+        self._events: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._expires = time.monotonic() + config.lifetime - config.lifetime_margin if config.lifetime else math.inf
 
     def run(self) -> int:
         """Run until a signal, or the main process's end, ends it; returns the exit code."""
         self._install_signal_handlers()
         self._runtime.reaper.start()
+        front: Server | ReverseDialer
         try:
-            server = Server(self._runtime, self._registry, self._main, self._health)
+            if self._config.callback:
+                front = ReverseDialer(
+                    self._runtime, self._registry, self._main, lambda: self._events.put(BACKEND_GIVEN_UP)
+                )
+            else:
+                front = Server(self._runtime, self._registry, self._main, self._health)
         except OSError as exc:
             log.error("cannot listen on %s: %s", self._config.addr, exc.strerror or exc)
             return EXIT_FAILURE
@@ -3550,15 +3924,16 @@ class Agent:
             self._start_main()
         except (SpawnError, RuntimeError) as exc:
             log.error("main process: %s", exc)
-            server.close()
+            front.close()
             reason = exc.reason if isinstance(exc, SpawnError) else Reason.START_FAILED
             return {Reason.NOT_FOUND: 127, Reason.NOT_EXECUTABLE: 126}.get(reason, EXIT_FAILURE)
         if self._health is not None:
             self._runtime.pool.submit(self._health.run)
-        server.start()
-        number = self._wait()
-        self._stop_main(number)
-        return self._end(server)
+        front.start()
+        event = self._wait()
+        self._stop_main(signal.SIGTERM if event == BACKEND_GIVEN_UP else event)
+        code = self._end(front)
+        return code or EXIT_FAILURE if event == BACKEND_GIVEN_UP else code
 
     def _install_signal_handlers(self) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever was inherited
@@ -3574,23 +3949,35 @@ class Agent:
             self._runtime.pool.submit(self._copier.run)
         if self._health is not None:
             main.call_on_exit(self._health.stop)
-        main.call_on_exit(lambda: self._events.put(None))
+        main.call_on_exit(lambda: self._events.put(MAIN_ENDED))
         main.start()
 
-    def _wait(self) -> int | None:
-        """Wait for a stop signal and return it, or for the main process with exit_with_main; forward the rest."""
+    def _wait(self) -> int:
+        """Wait for what ends the agent, and return it: a signal, MAIN_ENDED or BACKEND_GIVEN_UP."""
+        ends_with_main = self._config.exit_with_main or bool(self._config.callback)
         while True:
-            number = self._events.get()
-            if number is None:
-                if self._config.exit_with_main:
-                    return None
-            elif number in STOP_SIGNALS:
-                log.info("%s: stopping", signal.Signals(number).name)
-                return number
-            elif self._main is not None:
-                self._signal_main(number)
-            elif number in (signal.SIGHUP, signal.SIGQUIT):
-                return number
+            event = self._next_event()
+            if event == self._config.lifetime_signal:
+                self._registry.expire()
+            if event in STOP_SIGNALS:
+                log.info("%s: stopping", signal.Signals(event).name)
+                return event
+            if event == BACKEND_GIVEN_UP or (event == MAIN_ENDED and ends_with_main):
+                return event
+            if event > 0 and self._main is not None:
+                self._signal_main(event)
+            elif event in (signal.SIGHUP, signal.SIGQUIT):
+                return event
+
+    def _next_event(self) -> int:
+        """The next event; meanwhile the lifetime may expire."""
+        while True:
+            left = None if self._expires == math.inf else max(self._expires - time.monotonic(), 0)
+            try:
+                return self._events.get(timeout=left)
+            except queue.Empty:
+                self._expires = math.inf
+                self._registry.expire()
 
     def _signal_main(self, number: int) -> None:
         assert self._main is not None
@@ -3599,12 +3986,12 @@ class Agent:
         except PermissionError:
             log.error("cannot signal the main process: it belongs to another user")
 
-    def _stop_main(self, number: int | None) -> None:
+    def _stop_main(self, number: int) -> None:
         """End the main process: the signal, the stop timeout or a second stop signal, SIGKILL."""
         main = self._main
         if main is None:
             return
-        if not main.exited.is_set() and number is not None:
+        if not main.exited.is_set() and number > 0:
             self._signal_main(number)
             deadline = time.monotonic() + self._config.stop_timeout
             while not main.exited.is_set():
@@ -3616,16 +4003,16 @@ class Agent:
                 if again in STOP_SIGNALS:
                     log.warning("stopped a second time: SIGKILL")
                     break
-                if again is not None:
+                if again > 0:
                     self._signal_main(again)
         if not main.exited.is_set():
             self._signal_main(signal.SIGKILL)
             main.exited.wait()
         main.finished.wait(self._config.drain_timeout + LINGER)
 
-    def _end(self, server: Server) -> int:
+    def _end(self, front: Server | ReverseDialer) -> int:
         """Tell everybody, end every process, and return the exit code."""
-        server.close()
+        front.close()
         if self._health is not None:
             self._health.stop()
         deadline = time.monotonic() + LINGER
@@ -3634,6 +4021,9 @@ class Agent:
             while peer.attached() and time.monotonic() < deadline:
                 time.sleep(0.01)
             peer.flush(max(deadline - time.monotonic(), 0))
+        deadline = time.monotonic() + CLOSE_LINGER
+        for peer in peers:
+            peer.linger(max(deadline - time.monotonic(), 0))
         children = [child for peer in peers for child in peer.children()]
         end_processes(children, self._config.kill_timeout)
         if self._main is not None:
@@ -3675,7 +4065,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(f"sockerless-agent: {exc}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     set_up_logging(config)
-    hide_secrets([config.token, os.environ.get("SOCKERLESS_AGENT_TOKEN", "")])
+    hide_secrets([config.token, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
     try:
         code = Agent(config).run()
     except Exception:

@@ -20,7 +20,10 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import fcntl
+import hmac
+import http
 import http.client
 import io
 import itertools
@@ -31,18 +34,24 @@ import secrets
 import select
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import tty
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import IO, Any, NoReturn, Protocol, Self
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.frames import CloseCode
+from websockets.http11 import Request as HTTPRequest
+from websockets.http11 import Response as HTTPResponse
 from websockets.sync.client import ClientConnection, connect, unix_connect
+from websockets.sync.server import ServerConnection, serve
 
 from agent import (
     CLOSE_TIMEOUT,
@@ -61,11 +70,18 @@ from agent import (
     Reason,
     Request,
     Resize,
+    ServerWebSocket,
     Signal,
+    Stdin,
     Stream,
     ThreadPool,
     __version__,
+    accept_forever,
+    bearer_token,
+    close_listener,
     decode_event,
+    decode_request,
+    open_listener,
     parse_address,
     parse_signal,
 )
@@ -80,6 +96,8 @@ __all__ = [
     "ConnectionLost",
     "DockerStreamDecoder",
     "DockerStreamError",
+    "ReverseAgentConn",
+    "ReverseListener",
     "SessionError",
     "Unauthorized",
     "encode_docker_frame",
@@ -313,7 +331,7 @@ class AgentConn:
         """
         words = (cmd,) if isinstance(cmd, str) else tuple(cmd)
         variables = tuple(f"{name}={value}" for name, value in (env or {}).items())
-        request = Exec(next(self._ids), words, variables, cwd or "", tty)
+        request = Exec(self.new_id(), words, variables, cwd or "", tty)
         process = AgentProcess(self, request, text=text, encoding=encoding, errors=errors)
         self.start_session(request, process.receiver)
         if size is not None:
@@ -328,7 +346,7 @@ class AgentConn:
         Raises:
             ConnectionLost: if the connection has ended.
         """
-        request = Attach(next(self._ids))
+        request = Attach(self.new_id())
         process = AgentProcess(self, request, text=text, encoding=encoding, errors=errors)
         self.start_session(request, process.receiver)
         return process
@@ -433,6 +451,10 @@ class AgentConn:
             self._receivers[request.id] = receiver
         self.send(request)
 
+    def new_id(self) -> str:
+        """A session id that nobody else on this connection has."""
+        return next(self._ids)
+
     def open_channel(self, session_id: str) -> Channel:
         return Channel(self._connection.outbox, session_id)
 
@@ -470,9 +492,12 @@ class AgentConn:
             log.warning("the agent sent nonsense: %s", exc)
             return
         if isinstance(event, LifetimeExpired):
-            self.lifetime_expired.set()
+            self._expire()
         elif event is not None:
             self._deliver(event)
+
+    def _expire(self) -> None:
+        self.lifetime_expired.set()
 
     def _deliver(self, event: Output | Exit | Error) -> None:
         final = isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL)
@@ -527,7 +552,8 @@ def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
 def _locate(addr: str) -> tuple[str, str, bool | None]:
     """A unix socket's path or "", the URL, and whether the environment may name a proxy."""
     if addr.startswith(("ws://", "wss://")):
-        return "", addr, True
+        host = urllib.parse.urlsplit(addr).hostname or ""
+        return "", addr, None if Address(host).is_local else True
     address = parse_address(addr)
     if address.path:
         return address.path, "ws://localhost/ws", None
@@ -983,6 +1009,332 @@ class _Bridge:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
+# The backend's side of reverse mode: agents dial in
+# Threads: the acceptor, and for each agent or client a pool thread from its
+# handshake on, beside those of the connection.
+# ══════════════════════════════════════════════════════════════════════════════
+
+
+class ReverseAgentConn(AgentConn):
+    """The connection of an agent that dialled in; everything that AgentConn can do.
+
+    Attributes:
+        id: what the agent's query named it.
+    """
+
+    def __init__(
+        self,
+        ws: QueuedConnection,
+        agent_id: str = "",
+        on_lifetime_expired: Callable[[ReverseAgentConn], None] | None = None,
+    ) -> None:
+        """Take over ``ws`` after its handshake; serve with ``create_connection=agent.ServerWebSocket``."""
+        if not isinstance(ws, QueuedConnection):
+            raise TypeError(
+                "ws must be an agent.ServerWebSocket: pass create_connection=agent.ServerWebSocket to serve()"
+            )
+        self.id = agent_id
+        self._on_lifetime_expired = on_lifetime_expired
+        super().__init__(ws)
+
+    def _expire(self) -> None:
+        super()._expire()
+        if self._on_lifetime_expired is not None:
+            self._on_lifetime_expired(self)
+
+    def wait_closed(self) -> None:
+        """Wait until the connection has ended and every session on it has been told."""
+        self._thread.join()
+
+
+Callback = Callable[[ReverseAgentConn], None]
+
+
+class ReverseListener:
+    """Accepts agents in reverse mode, each known by ``id`` or ``session_id`` of its query.
+
+    A second agent under an id replaces the first, whose sessions end with
+    ConnectionLost. On ``/agents/ID/ws`` it serves clients as the agent itself
+    would: ``AgentConn.dial("ws://host:port/agents/ID/ws")``; ``GET /agents`` lists the ids.
+
+    The callbacks are called from the listener's threads, and must not block.
+    """
+
+    def __init__(
+        self,
+        host: str = "",
+        port: int = 0,
+        *,
+        token: str | Callable[[str], str | None] | None = None,
+        tls: ssl.SSLContext | None = None,
+        path: str | None = None,
+        on_joined: Callback | None = None,
+        on_left: Callback | None = None,
+        on_lifetime_expired: Callback | None = None,
+    ) -> None:
+        """Listen, and accept agents from now on.
+
+        Args:
+            host: "" for every interface.
+            port: 0 for one that the system chooses, see :attr:`port`.
+            token: what agents and clients must show; or a function that gives each id's token.
+            path: the one path on which agents may dial; None for any.
+
+        Raises:
+            OSError: if the address is in use or does not exist.
+        """
+        self._token = token
+        self._path = path
+        self._on_joined, self._on_left, self._on_lifetime_expired = on_joined, on_left, on_lifetime_expired
+        self._changed = threading.Condition()  # guards the attributes below
+        self._agents: dict[str, ReverseAgentConn] = {}
+        self._clients: set[QueuedConnection] = set()
+        self._closed = False
+        self._socket = open_listener(Address(host, port))
+        server = serve(
+            self._serve,
+            sock=self._socket,
+            ssl=tls,
+            create_connection=ServerWebSocket,
+            process_request=self._process_request,
+            compression=None,
+            server_header=f"sockerless-agent-client/{__version__}",
+            open_timeout=OPEN_TIMEOUT,
+            close_timeout=CLOSE_TIMEOUT,
+            ping_interval=None,  # Heartbeat pings
+            max_size=MAX_MESSAGE_SIZE,
+            logger=logging.getLogger("sockerless.client.websockets"),
+        )
+        self._socket = server.socket  # with TLS, another object
+        arguments = (self._socket, server.handler, _pool)
+        threading.Thread(target=accept_forever, args=arguments, name="listener", daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return int(self._socket.getsockname()[1])
+
+    def get(self, agent_id: str) -> ReverseAgentConn | None:
+        """The agent of this id, None if it is not connected."""
+        with self._changed:
+            return self._agents.get(agent_id)
+
+    def wait_for(self, agent_id: str, timeout: float | None = None) -> ReverseAgentConn:
+        """Wait until the agent of this id is connected.
+
+        Raises:
+            TimeoutError: after ``timeout`` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: agent_id in self._agents or self._closed, timeout):
+                raise TimeoutError(f"agent {agent_id!r} did not connect within {timeout:g} s")
+            if agent_id not in self._agents:
+                raise ConnectionLost("the listener is closed")
+            return self._agents[agent_id]
+
+    def __iter__(self) -> Iterator[ReverseAgentConn]:
+        """The agents that are connected now."""
+        with self._changed:
+            return iter(list(self._agents.values()))
+
+    def __len__(self) -> int:
+        with self._changed:
+            return len(self._agents)
+
+    def close(self) -> None:
+        """Close every connection, and listen no more."""
+        with self._changed:
+            self._closed = True
+            connections = [conn._connection for conn in self._agents.values()] + list(self._clients)
+            self._changed.notify_all()
+        close_listener(self._socket)
+        # Side by side: each may wait CLOSE_TIMEOUT for its peer.
+        closing = [threading.Thread(target=connection.close, daemon=True) for connection in connections]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Handshake.
+
+    def _process_request(self, connection: ServerConnection, request: HTTPRequest) -> HTTPResponse | None:
+        path = request.path.partition("?")[0]
+        client_of = _client_path(path)
+        agent_id = _agent_id(request.path) if client_of is None else client_of
+        if path == "/agents":
+            agent_id = ""
+        elif client_of is None and ((self._path is not None and path != self._path) or not agent_id):
+            status = http.HTTPStatus.BAD_REQUEST if not agent_id else http.HTTPStatus.NOT_FOUND
+            return connection.respond(status, "an agent's query names it: ?id=... or ?session_id=...\n")
+        token = self._token(agent_id) if callable(self._token) else self._token
+        if token is not None and not hmac.compare_digest(bearer_token(request), token.encode()):
+            log.warning("refused %s: missing or wrong token", agent_id or path)
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
+        if path == "/agents":
+            return connection.respond(http.HTTPStatus.OK, json.dumps(sorted(conn.id for conn in self)) + "\n")
+        if client_of is not None and self.get(client_of) is None:
+            return connection.respond(http.HTTPStatus.NOT_FOUND, "no such agent is connected\n")
+        return None
+
+    def _serve(self, connection: ServerConnection) -> None:
+        assert isinstance(connection, ServerWebSocket)
+        assert connection.request is not None
+        path = connection.request.path
+        client_of = _client_path(path.partition("?")[0])
+        if client_of is None:
+            self._serve_agent(connection, _agent_id(path))
+            return
+        conn = self.get(client_of)
+        if conn is None:  # it left during the handshake
+            return
+        with self._changed:
+            self._clients.add(connection)
+        try:
+            _Relay(connection, conn).run()
+        finally:
+            with self._changed:
+                self._clients.discard(connection)
+
+    def _serve_agent(self, connection: ServerWebSocket, agent_id: str) -> None:
+        conn = ReverseAgentConn(connection, agent_id, self._on_lifetime_expired)
+        with self._changed:
+            before = self._agents.get(agent_id)
+            if not self._closed:
+                self._agents[agent_id] = conn
+            closed = self._closed
+            self._changed.notify_all()
+        if closed:
+            return
+        if before is not None:
+            log.info("agent %s dialled again: its first connection is closed", agent_id)
+            # Not before the new one is known, and in another thread: the old peer may not answer.
+            _pool.submit(before._connection.close, CloseCode.GOING_AWAY, "replaced by another connection")
+        if self._on_joined is not None:
+            self._on_joined(conn)
+        conn.wait_closed()
+        with self._changed:
+            if self._agents.get(agent_id) is conn:
+                del self._agents[agent_id]
+                self._changed.notify_all()
+        if self._on_left is not None:
+            self._on_left(conn)
+
+
+def _agent_id(path: str) -> str:
+    """What an agent's query names it."""
+    query = urllib.parse.parse_qs(path.partition("?")[2])
+    return (query.get("session_id") or query.get("id") or [""])[0]
+
+
+def _client_path(path: str) -> str | None:
+    """The agent's id in ``/agents/ID/ws``, None for another path."""
+    if path.startswith("/agents/") and path.endswith("/ws"):
+        return urllib.parse.unquote(path[len("/agents/") : -len("/ws")])
+    return None
+
+
+class _RelayedSession:
+    """One session of a client, on the connection of the agent that runs it."""
+
+    def __init__(self, conn: AgentConn, client: QueuedConnection, request: Exec | Attach) -> None:
+        self.id = request.id  # the client's
+        self.is_exec = isinstance(request, Exec)
+        self.remote_id = conn.new_id()
+        self.stdin = conn.open_channel(self.remote_id)
+        self.finished = False  # written by the agent connection's thread alone
+        self._outbox = client.outbox
+        self._output = Channel(client.outbox, self.id)
+
+    def output(self, event: Output) -> None:
+        if event.lost:
+            self._output.send(dataclasses.replace(event, id=self.id))
+        else:
+            self._output.put(event.stream, event.data)
+
+    def warning(self, error: SessionError) -> None:
+        self._outbox.send(Error(self.id, str(error), error.reason))
+
+    def ended(self, code: int) -> None:
+        self.finished = True
+        self._output.send(Exit(self.id, code))
+
+    def failed(self, error: ClientError) -> None:
+        self.finished = True
+        self._output.send(Error(self.id, str(error), getattr(error, "reason", "") or Reason.START_FAILED))
+
+
+class _Relay:
+    """Serves one client as the agent itself would; runs in the client's connection thread."""
+
+    def __init__(self, client: ServerWebSocket, conn: ReverseAgentConn) -> None:
+        self._client = client
+        self._conn = conn
+        self._sessions: dict[str, _RelayedSession] = {}  # the connection thread's alone
+
+    def run(self) -> None:
+        """Relay until the client leaves; then end what it started."""
+        self._client.start_writer(_pool)
+        _heartbeat.add(self._client)
+        # The client must not wait for an agent that has gone.
+        _pool.submit(self._follow_agent)
+        try:
+            for message in self._client:
+                self._relay(message)
+        except ConnectionClosed as exc:
+            log.info("client of agent %s lost: %s", self._conn.id, exc)
+        finally:
+            _heartbeat.remove(self._client)
+            for session in self._sessions.values():
+                if session.is_exec and not session.finished:
+                    for name in ("HUP", "KILL"):
+                        self._conn.send(Signal(session.remote_id, name))
+
+    def _follow_agent(self) -> None:
+        while self._conn._thread.is_alive() and self._client.recv_events_thread.is_alive():
+            self._conn._thread.join(1.0)
+        self._client.close(CloseCode.GOING_AWAY, "the agent has left")
+
+    def _relay(self, message: str | bytes) -> None:
+        try:
+            request = decode_request(message if isinstance(message, str) else "")
+        except MessageError as exc:
+            self._client.outbox.send(Error(exc.id, str(exc), Reason.BAD_MESSAGE))
+            return
+        session = self._sessions.get(request.id)
+        if isinstance(request, Exec | Attach):
+            if session is not None and not session.finished:
+                text = f"session id {request.id!r} is in use"
+                self._client.outbox.send(Error(request.id, text, Reason.DUPLICATE_SESSION))
+                return
+            self._start(request)
+        elif session is None:
+            self._client.outbox.send(Error(request.id, "no session has this id", Reason.UNKNOWN_SESSION))
+        elif isinstance(request, Stdin):
+            if session.stdin.wait_for_room():
+                session.stdin.put(Stream.STDIN, request.data)
+        elif isinstance(request, CloseStdin):
+            session.stdin.send(CloseStdin(session.remote_id))
+        else:
+            self._conn.send(dataclasses.replace(request, id=session.remote_id))
+
+    def _start(self, request: Exec | Attach) -> None:
+        session = _RelayedSession(self._conn, self._client, request)
+        self._sessions[request.id] = session
+        try:
+            self._conn.start_session(dataclasses.replace(request, id=session.remote_id), session)
+        except ClientError as exc:
+            session.failed(exc)
+
+
+# ══════════════════════════════════════════════════════════════════════════════
 # Command line
 # ══════════════════════════════════════════════════════════════════════════════
 
@@ -1144,7 +1496,19 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("-w", "--workdir", metavar="DIR", default="", help="working directory")
     run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command and its arguments")
-    commands.add_parser("attach", parents=[session], help="attach to the main process; -it detaches with Ctrl-P Ctrl-Q")
+    attach = commands.add_parser(
+        "attach", parents=[session], help="attach to the main process; -it detaches with Ctrl-P Ctrl-Q"
+    )
+    for command in (run, attach):
+        command.add_argument(
+            "--via", metavar="HOST:PORT", help="through the listener there, which the agent has dialled"
+        )
+        command.add_argument("--agent", metavar="ID", help="with --via: the agent's id")
+    listen = commands.add_parser("listen", help="accept agents in reverse mode, and serve clients with --via")
+    listen.add_argument("--addr", default=":8080", help="where to listen (default: %(default)s)")
+    listen.add_argument(
+        "--token-file", metavar="PATH", help="read the token that agents and clients must show from PATH"
+    )
     commands.add_parser("health", parents=[common], help="print the agent's health; exit status 1 if unhealthy")
     return parser
 
@@ -1178,12 +1542,46 @@ def _run_exec(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     if options.tty and options.interactive and not os.isatty(0):
         raise ClientError("the input device is not a terminal: leave out -t")
     request = Exec("exec", tuple(cmd), tuple(_variables(options.env)), options.workdir, options.tty)
-    with AgentConn.dial(options.addr, _read_token(options)) as conn:
+    with _dial_as_told(options) as conn:
         return _LocalSession(conn, request, options).run()
 
 
+def _dial_as_told(options: argparse.Namespace) -> AgentConn:
+    """The connection that --addr, or --via and --agent, ask for."""
+    if (options.via is None) != (options.agent is None):
+        raise ClientError("--via and --agent go together")
+    addr = options.addr
+    if options.via is not None:
+        address = parse_address(options.via)
+        where = Address(address.host or "127.0.0.1", address.port)
+        addr = f"ws://{where}/agents/{urllib.parse.quote(options.agent, safe='')}/ws"
+    return AgentConn.dial(addr, _read_token(options))
+
+
+def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    address = parse_address(options.addr)
+
+    # Before any thread exists, so that each inherits it and sigwait() alone gets them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+    def say(what: str) -> Callback:
+        return lambda conn: print(f"agent {conn.id} {what}", flush=True)
+
+    with ReverseListener(
+        address.host,
+        address.port,
+        token=_read_token(options) or None,
+        on_joined=say("joined"),
+        on_left=say("left"),
+        on_lifetime_expired=say("says that its platform is about to end it"),
+    ) as listener:
+        print(f"listening on {Address(address.host, listener.port)}", flush=True)
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    return 0
+
+
 def _run_attach(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    with AgentConn.dial(options.addr, _read_token(options)) as conn:
+    with _dial_as_told(options) as conn:
         try:
             return _LocalSession(conn, Attach("attach"), options).run()
         except _Detached:
@@ -1244,6 +1642,7 @@ def _run_health(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
 _COMMANDS: dict[str, Callable[[argparse.Namespace, argparse.ArgumentParser], int]] = {
     "exec": _run_exec,
     "attach": _run_attach,
+    "listen": _run_listen,
     "health": _run_health,
 }
 
@@ -1262,7 +1661,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except CommandNotExecutable as exc:
         print(f"agent_client: {exc}", file=sys.stderr)
         code = EXIT_NOT_EXECUTABLE
-    except (ClientError, ValueError) as exc:
+    except (ClientError, ValueError, OSError) as exc:
         print(f"agent_client: {exc}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
