@@ -3601,6 +3601,34 @@ def accept_forever(listener: socket.socket, handler: Callable[[socket.socket, An
             time.sleep(ACCEPT_PAUSE)
 
 
+def make_handler(
+    serve_connection: Callable[[ServerConnection], None], listener: socket.socket, **options: Any
+) -> tuple[socket.socket, Callable[[socket.socket, Any], None]]:
+    """What accept_forever() needs: the socket to accept from, and websockets' handler of one connection.
+
+    Args:
+        options: as for websockets.sync.server.serve().
+    """
+    server = serve(
+        serve_connection,
+        sock=listener,
+        create_connection=ServerWebSocket,
+        compression=None,
+        open_timeout=HANDSHAKE_TIMEOUT,
+        close_timeout=CLOSE_TIMEOUT,
+        ping_interval=None,  # Heartbeat pings, see there
+        **options,
+    )
+    # Only the library's own accept loop would use these.
+    ends: tuple[Any, ...] = (server.shutdown_watcher, server.shutdown_notifier)
+    for end in ends:
+        if isinstance(end, int):  # before release 16
+            os.close(end)
+        else:
+            end.close()
+    return server.socket, server.handler  # with TLS another socket
+
+
 def close_listener(listener: socket.socket) -> None:
     """Close a listening socket, and end the accept_forever() on it."""
     with contextlib.suppress(OSError):
@@ -3636,21 +3664,14 @@ class Server:
         self._main = main
         self._health = health
         self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout)
-        self._socket = open_listener(config.addr)
-        logger = logging.getLogger("sockerless.websockets")
-        self._handler = serve(
+        self._socket, self._handler = make_handler(
             self._serve_peer,
-            sock=self._socket,
-            create_connection=ServerWebSocket,
+            open_listener(config.addr),
             process_request=self._process_request,
-            compression=None,
             server_header=f"sockerless-agent/{__version__}",
-            open_timeout=HANDSHAKE_TIMEOUT,
-            close_timeout=CLOSE_TIMEOUT,
-            ping_interval=None,  # Heartbeat pings, see there
             max_size=config.max_message_size,
-            logger=logger,
-        ).handler
+            logger=logging.getLogger("sockerless.websockets"),
+        )
 
     @property
     def address(self) -> str:

@@ -51,7 +51,7 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
 from websockets.sync.client import ClientConnection, connect, unix_connect
-from websockets.sync.server import ServerConnection, serve
+from websockets.sync.server import ServerConnection
 
 from agent import (
     CLOSE_TIMEOUT,
@@ -81,6 +81,7 @@ from agent import (
     close_listener,
     decode_event,
     decode_request,
+    make_handler,
     open_listener,
     parse_address,
     parse_signal,
@@ -1076,7 +1077,7 @@ class ReverseListener:
 
         Args:
             host: "" for every interface.
-            port: 0 for one that the system chooses, see :attr:`port`.
+            port: 0 for one that the system chooses, see ``port``.
             token: what agents and clients must show; or a function that gives each id's token.
             path: the one path on which agents may dial; None for any.
 
@@ -1090,29 +1091,20 @@ class ReverseListener:
         self._agents: dict[str, ReverseAgentConn] = {}
         self._clients: set[QueuedConnection] = set()
         self._closed = False
-        self._socket = open_listener(Address(host, port))
-        server = serve(
+        listener = open_listener(Address(host, port))
+        self.port = int(listener.getsockname()[1])
+        """The port that it listens on."""
+        self._socket, handler = make_handler(
             self._serve,
-            sock=self._socket,
+            listener,
             ssl=tls,
-            create_connection=ServerWebSocket,
             process_request=self._process_request,
-            compression=None,
             server_header=f"sockerless-agent-client/{__version__}",
-            open_timeout=OPEN_TIMEOUT,
-            close_timeout=CLOSE_TIMEOUT,
-            ping_interval=None,  # Heartbeat pings
             max_size=MAX_MESSAGE_SIZE,
             logger=logging.getLogger("sockerless.client.websockets"),
         )
-        self._socket = server.socket  # with TLS, another object
-        arguments = (self._socket, server.handler, _pool)
+        arguments = (self._socket, handler, _pool)
         threading.Thread(target=accept_forever, args=arguments, name="listener", daemon=True).start()
-
-    @property
-    def port(self) -> int:
-        """The port that it listens on."""
-        return int(self._socket.getsockname()[1])
 
     def get(self, agent_id: str) -> ReverseAgentConn | None:
         """The agent of this id, None if it is not connected."""

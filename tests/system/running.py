@@ -1,0 +1,91 @@
+"""A real agent process for the tests of the client and of reverse mode."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import agent
+
+DEADLINE = 60.0  # seconds; what is waited for comes at once, or something is broken
+TOKEN = "correct-horse-battery"
+
+
+class RunningAgent:
+    """A real agent process: on a free port, or in reverse mode with --callback among the flags.
+
+    Attributes:
+        addr: where it listens, "" in reverse mode.
+    """
+
+    def __init__(
+        self,
+        tmp_path: Path,
+        *flags: str,
+        token: str = TOKEN,
+        env: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+    ) -> None:
+        self.reverse = any("callback" in flag for flag in flags)
+        where = () if self.reverse else ("--addr", "127.0.0.1:0")
+        command = (sys.executable, agent.__file__, "--pid-file", str(tmp_path / "pid"), *where, *flags)
+        environ = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        self.process = subprocess.Popen(
+            [*prefix, *command],
+            env={**environ, "SOCKERLESS_AGENT_TOKEN": token, **(env or {})},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.addr = ""
+        self._changed = threading.Condition()  # guards _lines and _ended
+        self._lines: list[str] = []
+        self._ended = False
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        if not self.reverse:
+            self.addr = self.wait_for_log(r"listening on (\S+)")[1]
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._changed:
+                self._lines.append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    @property
+    def log(self) -> str:
+        with self._changed:
+            return "".join(self._lines)
+
+    def wait_for_log(self, pattern: str, count: int = 1) -> re.Match[str]:
+        """Wait until the log has ``count`` matches of ``pattern``; returns the last of them."""
+        found: list[re.Match[str]] = []
+
+        def look() -> bool:
+            found[:] = re.finditer(pattern, "".join(self._lines))
+            return len(found) >= count or self._ended
+
+        with self._changed:
+            self._changed.wait_for(look, DEADLINE)
+            assert len(found) >= count, f"no {pattern!r} in the log:\n" + "".join(self._lines)
+        return found[count - 1]
+
+    def wait(self) -> int:
+        """Wait until it ends by itself; returns its exit code."""
+        code = self.process.wait(DEADLINE)
+        self._reader.join(DEADLINE)
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+        return code
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.wait()
