@@ -599,7 +599,8 @@ class Config:
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|ms|s|m|h)")
+_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:ns|us|µs|ms|s|m|h)")
+_LONGEST = 2**63 / 1e9  # seconds: Go's time.Duration ends there, and so does what threading can wait for
 
 
 def parse_duration(text: str) -> float:
@@ -612,9 +613,12 @@ def parse_duration(text: str) -> float:
         return 0.0
     parts = _DURATION.findall(text)
     if not parts or "".join(parts) != text:
-        hint = f" (did you mean {text}s?)" if re.fullmatch(r"\d+(\.\d+)?", text) else ""
+        hint = f" (did you mean {text}s?)" if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else ""
         raise ValueError(f"not a duration such as 500ms, 10s or 1m30s: {text!r}{hint}")
-    return sum(float(part.rstrip("nuµmsh")) * _UNITS[part.lstrip("0123456789.")] for part in parts)
+    seconds = sum(float(part.rstrip("nuµmsh")) * _UNITS[part.lstrip("0123456789.")] for part in parts)
+    if seconds >= _LONGEST:
+        raise ValueError(f"a duration of more than 2562047h: {text!r}")
+    return seconds
 
 
 def parse_size(text: str) -> int:
@@ -881,24 +885,42 @@ class LogFormatter(logging.Formatter):
     def __init__(self, style: str, hidden: Iterable[str]) -> None:
         super().__init__()
         self.as_json = style == "json"
-        self.hidden = [secret for secret in hidden if secret]
+        # As it is, and as repr() and JSON spell it: messages quote what they name.
+        self.hidden = sorted(
+            {
+                spelling
+                for secret in hidden
+                if secret
+                for spelling in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], repr('"' + secret)[2:-1])
+            },
+            key=len,
+            reverse=True,
+        )
+
+    def _hide(self, text: str) -> str:
+        for secret in self.hidden:
+            text = text.replace(secret, "[hidden]")
+        return text
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
         when = when.replace("+00:00", "Z")
         level = "warn" if record.levelno == logging.WARNING else record.levelname.lower()
-        message = record.getMessage()
+        lines = [record.getMessage()]
         if record.exc_info:
-            message += "\n" + self.formatException(record.exc_info)
-        for secret in self.hidden:
-            message = message.replace(secret, "[hidden]")
-        extra = {name: getattr(record, name) for name in ("peer", "session") if hasattr(record, name)}
+            lines += self.formatException(record.exc_info).split("\n")
+        lines = [self._hide(line) for line in lines]
+        extra = {name: self._hide(str(getattr(record, name))) for name in ("peer", "session") if hasattr(record, name)}
         if self.as_json:
-            return json.dumps({"time": when, "level": level, "message": message, **extra})
+            return json.dumps({"time": when, "level": level, "message": "\n".join(lines), **extra})
         fields = "".join(f" {name}={value!r}" for name, value in extra.items())
-        # A message may quote what a peer sent: no line break or escape code gets through.
-        message = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in message)
-        return f"{when} {level:5} {message}{fields}"
+        # A message may quote what a peer sent: no line break or escape code gets
+        # through. A traceback's lines are indented, to look like no record.
+        text = "\n    ".join(
+            "".join(char if char.isprintable() or char == "\t" else repr(char)[1:-1] for char in line)
+            for line in lines
+        )
+        return f"{when} {level:5} {text}{fields}"
 
 
 def set_up_logging(config: Config) -> None:
@@ -1008,7 +1030,7 @@ class ReplayLog:
         return True
 
     def _behind(self, cursor: Cursor) -> bool:
-        return cursor.offset < self._end + READ_SIZE - self.capacity and cursor.offset < self._end
+        return not cursor._closed and self._end + min(READ_SIZE - self.capacity, 0) > cursor.offset
 
     def call_when_room(self, callback: Callable[[], None]) -> bool:
         """The non-blocking half of a sink: a replay log always has room."""
@@ -1215,9 +1237,10 @@ class _SpawnAttributes:
     def __init__(self) -> None:
         self.struct = ctypes.create_string_buffer(_SPAWN_STRUCT_SIZE)
         no_signals = ctypes.create_string_buffer(_SIGSET_SIZE)
-        all_signals = ctypes.create_string_buffer(_SIGSET_SIZE)
+        # Not sigfillset(): it leaves out the C library's own signals, which
+        # posix_spawn() would then set to be ignored.
+        all_signals = ctypes.create_string_buffer(b"\xff" * _SIGSET_SIZE, _SIGSET_SIZE)
         _libc.sigemptyset(no_signals)
-        _libc.sigfillset(all_signals)
         flags = ctypes.c_short(_POSIX_SPAWN_SETSID | _POSIX_SPAWN_SETSIGDEF | _POSIX_SPAWN_SETSIGMASK)
         _libc.posix_spawnattr_init(self.struct)
         _libc.posix_spawnattr_setflags(self.struct, flags)
@@ -1817,8 +1840,8 @@ class Input:
         try:
             self._pool.submit(self._write_queue)
         except RuntimeError as exc:
-            log.error("stdin: no thread to write %d bytes: %s", self._queued, exc)
-            self._stop_writer()
+            log.error("stdin: no thread to write %d bytes, until more input comes: %s", self._queued, exc)
+            self._stop_writer(restart=False)
 
     def _write_queue(self) -> None:
         """Write as the child reads, until the queue is empty or the child is gone."""
@@ -1838,13 +1861,13 @@ class Input:
         finally:
             self._stop_writer()
 
-    def _stop_writer(self) -> None:
+    def _stop_writer(self, restart: bool = True) -> None:
         assert self._exited is not None
         with self._lock:
             self._writing = False
             # What came between the last write and this line is not forgotten.
             self._write_some()
-            start = self._claim_writer()
+            start = restart and self._claim_writer()
             if self._dead:
                 self._queue.clear()
                 self._queued = 0
@@ -2067,7 +2090,8 @@ class TerminalPump:
 # ══════════════════════════════════════════════════════════════════════════════
 # 6  Outgoing queue
 #    Owns what waits to be sent on one connection. Pumps and sessions put into
-#    it; the connection's writer thread alone takes out. No I/O.
+#    it; whoever has the role of sending takes out: the connection's writer
+#    thread, or for something small the thread that put it. No I/O.
 # ══════════════════════════════════════════════════════════════════════════════
 
 CHANNEL_LIMIT = 1 << 20  # bytes of one session that may wait, if there are few sessions
@@ -2178,6 +2202,7 @@ class Outbox:
         self._frames_size = 0
         self._ready: collections.deque[Channel] = collections.deque()  # channels with entries, each once
         self._sending = False  # somebody has the role
+        self._writer_sends = False  # and it is the writer
         self._rest: list[BytesLike] = []  # taken, and not accepted by the socket without waiting
         self._send_now: Callable[[list[bytes | _Turn]], list[BytesLike]] | None = None
         self._closed = False  # no more messages are taken
@@ -2265,6 +2290,7 @@ class Outbox:
         if (
             self._send_now is None
             or self._sending
+            or self._rest
             or len(self._ready) > 1
             or b"" in self._frames  # the writer knows how to end the stream
             or self._frames_size + sum(channel._size for channel in self._ready) > SEND_NOW_LIMIT
@@ -2311,14 +2337,15 @@ class Outbox:
         For the writer alone. The first list is what another thread could not send.
         """
         with self._lock:
-            self._sending = False
-            self._idle.notify_all()
+            if self._writer_sends:  # not so the first time: then another thread may have the role
+                self._sending = self._writer_sends = False
+                self._idle.notify_all()
             self._work.wait_for(
                 lambda: self._ended or (not self._sending and (self._rest or self._frames or self._ready))
             )
             if self._ended:
                 return None
-            self._sending = True
+            self._sending = self._writer_sends = True
             rest, self._rest = self._rest, []
             batch, callbacks = self._take_batch()
         for callback in callbacks:
@@ -2343,6 +2370,28 @@ class Outbox:
 # ══════════════════════════════════════════════════════════════════════════════
 
 
+class Endings:
+    """Counts what is being ended in other threads, so that the agent's own end can wait for it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # guards _count
+        self._count = 0
+
+    def begin(self) -> None:
+        with self._changed:
+            self._count += 1
+
+    def finish(self) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until nothing is being ended; False if something still is after ``timeout`` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._count, timeout)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Runtime:
     """What everything needs that starts processes; made once."""
@@ -2351,17 +2400,26 @@ class Runtime:
     pool: ThreadPool
     reaper: Reaper
     terminals: TerminalPump
+    endings: Endings = dataclasses.field(default_factory=Endings)
 
     def end_later(self, children: Sequence[Child]) -> None:
         """End what these children started, without waiting for it."""
         if not children:
             return
+        self.endings.begin()
         try:
-            self.pool.submit(end_processes, children, self.config.kill_timeout)
+            self.pool.submit(self._end, children)
         except RuntimeError:  # no thread to be had: no grace either
             for child in children:
                 with contextlib.suppress(PermissionError):
                     child.send_signal(signal.SIGKILL)
+            self.endings.finish()
+
+    def _end(self, children: Sequence[Child]) -> None:
+        try:
+            end_processes(children, self.config.kill_timeout)
+        finally:
+            self.endings.finish()
 
 
 class ProcessState(enum.Enum):
@@ -2920,19 +2978,28 @@ class HealthChecker:
         self._runtime = runtime
         self._started = time.monotonic()
         self._stopped = threading.Event()
+        self.ended = threading.Event()  # nothing of a check runs any more
         self._lock = threading.Lock()  # guards the attributes below
+        self._check_over = threading.Event()  # the check that runs has finished, or must
         self._status = "starting"
         self._streak = 0  # failures in a row that count
         self._results: collections.deque[HealthResult] = collections.deque(maxlen=HEALTH_RESULTS)
 
     def run(self) -> None:
         """Check until stopped, in a pool thread."""
-        while not self._stopped.wait(self._runtime.config.health_interval):
-            self._judge(self._check())
+        try:
+            while not self._stopped.wait(self._runtime.config.health_interval):
+                result = self._check()
+                if not self._stopped.is_set():
+                    self._judge(result)
+        finally:
+            self.ended.set()
 
     def stop(self) -> None:
-        """Check no more: the main process has ended, or the agent ends."""
+        """Check no more, and end the check that runs: the main process has ended, or the agent ends."""
         self._stopped.set()
+        with self._lock:
+            self._check_over.set()
 
     def describe(self) -> dict[str, object]:
         """The state for ``/health``."""
@@ -2945,14 +3012,24 @@ class HealthChecker:
 
     def _check(self) -> HealthResult:
         config = self._runtime.config
-        start = time.time()
+        start, began = time.time(), time.monotonic()
+
+        def result(code: int, text: str) -> HealthResult:
+            # A clock that is set in the meantime does not change how long it took.
+            return HealthResult(start, start + time.monotonic() - began, code, text)
+
         output = _FirstBytes()
-        finished = threading.Event()
+        over = threading.Event()
         codes: list[int] = []
 
         def on_finished(code: int) -> None:
             codes.append(code)
-            finished.set()
+            over.set()
+
+        with self._lock:
+            self._check_over = over
+        if self._stopped.is_set():  # in this order: either stop() finds the event, or this sees the stop
+            over.set()
 
         process = Process(self._runtime, output, on_finished)
         try:
@@ -2960,23 +3037,26 @@ class HealthChecker:
             process.input.end()
             self._runtime.pool.submit(process.pump)
         except (SpawnError, RuntimeError) as exc:
-            return HealthResult(start, time.time(), -1, f"Health check could not start: {exc}")
-        if finished.wait(config.health_timeout):
-            return HealthResult(start, time.time(), codes[0], output.text())
+            return result(-1, f"Health check could not start: {exc}")
+        over.wait(config.health_timeout)
+        if codes:
+            return result(codes[0], output.text())
         child = process.abandon()
         if child is not None:
             end_processes([child], grace=0)
         seconds = f"{config.health_timeout:g}"
-        return HealthResult(start, time.time(), -1, f"Health check exceeded timeout ({seconds}s)")
+        return result(-1, f"Health check exceeded timeout ({seconds}s)")
 
     def _judge(self, result: HealthResult) -> None:
         config = self._runtime.config
+        # As in moby's handleProbeResult: it counts from when the check began.
+        age = time.monotonic() - (result.end - result.start) - self._started
         with self._lock:
             before = self._status
             self._results.append(result)
             if result.exit_code == 0:
                 self._status, self._streak = "healthy", 0
-            elif before != "starting" or time.monotonic() - self._started >= config.health_start_period:
+            elif before != "starting" or age >= config.health_start_period:
                 self._streak += 1
                 if self._streak >= config.health_retries:
                     self._status = "unhealthy"
@@ -3064,7 +3144,8 @@ class QueuedConnection(WebSocket):
     and its receiver needs that mutex for every frame: with a peer that is slow
     to read, no ping would be answered and no signal delivered, and two peers
     that both stream would stop for ever. Here send_data(), which the library
-    calls with the mutex held, only queues; the writer thread sends.
+    calls with the mutex held, only queues; what is queued is sent by the writer
+    thread, or without waiting by the thread that has something small to send.
 
     Relies on: send_data() being the only place that writes to the socket;
     protocol.data_to_send(), protocol_mutex, close_socket(), process_event().
@@ -3078,7 +3159,7 @@ class QueuedConnection(WebSocket):
         self.outbox = Outbox(self.masked)
         self.last_received = time.monotonic()  # written by the receiver alone
         self.progress: tuple[int, float] = (0, time.monotonic())  # see stuck_for(); the heartbeat's alone
-        self._writing = False  # guarded by protocol_mutex; once True, only the writer sends
+        self._writing = False  # guarded by protocol_mutex; once True, everything goes through the outbox
         self._sent = 0  # bytes handed to the kernel, pings and pongs aside; the role's, see Outbox
         self._secure = isinstance(sock, ssl.SSLSocket)
         super().__init__(cast(socket.socket, TLSStream(sock)) if isinstance(sock, ssl.SSLSocket) else sock,
@@ -3272,11 +3353,17 @@ class SessionRegistry:
         self._count = 0
         self._peers: set[Peer] = set()
         self._expired = False
+        self._refusal = ""
 
     @property
-    def expired(self) -> bool:
-        """Whether the agent's lifetime is over: nothing is started any more."""
-        return self._expired
+    def refusal(self) -> str:
+        """Why nothing is started any more; empty while something is."""
+        return self._refusal
+
+    def close(self) -> None:
+        """The agent ends: start nothing any more."""
+        with self._lock:
+            self._refusal = self._refusal or "the agent is ending: nothing is started any more"
 
     def expire(self) -> None:
         """Tell every client, once, that the platform is about to end this agent."""
@@ -3284,6 +3371,7 @@ class SessionRegistry:
             if self._expired:
                 return
             self._expired = True
+            self._refusal = "the agent's lifetime has expired: nothing is started any more"
             peers = list(self._peers)
         log.warning("lifetime expired: %d clients are told, nothing is started any more", len(peers))
         for peer in peers:
@@ -3342,12 +3430,11 @@ class Peer:
         self._lock = threading.Lock()  # guards the attributes below
         self._sessions: dict[str, Session] = {}
         self._ended_ids: dict[str, None] = {}  # the latest, oldest first
-        self._left = False
+        registry.add(self)
 
     def serve(self) -> None:
-        """Handle the connection's messages until it ends; then end what it started."""
+        """Handle the connection's messages until it ends; then end what it started, and leave the registry."""
         log.info("connected", extra={"peer": self.name})
-        self._registry.add(self)
         why = "closed by the peer"
         try:
             for message in self._connection:
@@ -3355,8 +3442,8 @@ class Peer:
         except ConnectionClosed as exc:
             why = f"lost: {exc}" if exc.__cause__ is None else f"lost: {exc} ({exc.__cause__})"
         finally:
-            self._registry.remove(self)
             count = self._leave()
+            self._registry.remove(self)  # only now: the agent's end looks here first, then at the endings
             log.info("connection %s; %d sessions were running", why, count, extra={"peer": self.name})
 
     def close(self, code: int, reason: str) -> None:
@@ -3453,9 +3540,8 @@ class Peer:
         limit = self._runtime.config.max_sessions
         if taken:
             self._refuse(request.id, f"session id {request.id[:80]!r} is in use", Reason.DUPLICATE_SESSION)
-        elif self._registry.expired:
-            expired = "the agent's lifetime has expired: nothing is started any more"
-            self._refuse(request.id, expired, Reason.LIFETIME_EXPIRED)
+        elif refusal := self._registry.refusal:
+            self._refuse(request.id, refusal, Reason.LIFETIME_EXPIRED)
         elif isinstance(request, Attach) and self._main is None:
             self._refuse(request.id, "there is no main process to attach to", Reason.NO_MAIN_PROCESS)
         elif count >= limit:
@@ -3788,6 +3874,8 @@ class ReverseDialer:
         self._on_give_up = on_give_up
         self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout, strict=True)
         self._closing = threading.Event()
+        self._settled = threading.Event()  # no dial is on its way: it failed, or its peer is in the registry
+        self._settled.set()
         # The dialer thread's alone.
         self._failures = 0  # in a row
         # The last connection ended without a close, so the backend may have it
@@ -3799,14 +3887,20 @@ class ReverseDialer:
         threading.Thread(target=self._run, name="dialer", daemon=True).start()
 
     def close(self) -> None:
-        """Dial no more. The connection that exists stays."""
+        """Dial no more. The connection that exists stays, and one that is on its way is waited for a little."""
         self._closing.set()
+        self._settled.wait(LINGER)
 
     def _run(self) -> None:
-        while not self._closing.is_set():
+        while True:
+            self._settled.clear()
+            if self._closing.is_set():  # in this order: either close() waits, or this sees it
+                self._settled.set()
+                return
             try:
                 connection = self._dial()
             except (OSError, EOFError, InvalidHandshake, ValueError) as exc:
+                self._settled.set()
                 if not self._wait_after(self._explain(exc)):
                     return
                 continue
@@ -3854,11 +3948,14 @@ class ReverseDialer:
             connection.start_writer(self._runtime.pool)
         except RuntimeError as exc:
             log.error("reverse mode: %s", exc)
+            self._settled.set()
             connection.close()
             return True
+        peer = Peer(self._runtime, connection, self._registry, self._main, str(self._runtime.config.callback))
+        self._settled.set()
         self._heartbeat.add(connection)
         try:
-            Peer(self._runtime, connection, self._registry, self._main, str(self._runtime.config.callback)).serve()
+            peer.serve()
         finally:
             self._heartbeat.remove(connection)
         # A clean Close before dialling again, so that the backend forgets the id.
@@ -3921,14 +4018,13 @@ class Agent:
         self._main = MainProcess(self._runtime) if config.keep_alive else None
         self._health = HealthChecker(self._runtime) if config.health_cmd else None
         self._copier: OutputCopier | None = None
-        # A signal's number, or one of the events below. SimpleQueue is the one
-        # queue that a signal handler may put into.
+        # A signal's number, or one of the events above.
         self._events: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._expires = time.monotonic() + config.lifetime - config.lifetime_margin if config.lifetime else math.inf
 
     def run(self) -> int:
         """Run until a signal, or the main process's end, ends it; returns the exit code."""
-        self._install_signal_handlers()
+        self._receive_signals()
         self._runtime.reaper.start()
         front: Server | ReverseDialer
         try:
@@ -3956,10 +4052,21 @@ class Agent:
         code = self._end(front)
         return code or EXIT_FAILURE if event == BACKEND_GIVEN_UP else code
 
-    def _install_signal_handlers(self) -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever was inherited
-        for number in (*STOP_SIGNALS, *FORWARDED_SIGNALS):
-            signal.signal(number, lambda received, frame: self._events.put(received))
+    def _receive_signals(self) -> None:
+        """Take over the signals in a thread of their own, before any other thread exists.
+
+        A Python handler would run in the main thread, and only once that wakes:
+        the kernel may give the signal to any thread (signal(7)), which wakes no
+        other. Blocked in every thread, it stays pending until sigwait(3) has it.
+        """
+        numbers = (*STOP_SIGNALS, *FORWARDED_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, numbers)
+
+        def receive() -> None:
+            while True:
+                self._events.put(signal.sigwait(numbers))
+
+        threading.Thread(target=receive, name="signals", daemon=True).start()
 
     def _start_main(self) -> None:
         main = self._main
@@ -4034,6 +4141,7 @@ class Agent:
     def _end(self, front: Server | ReverseDialer) -> int:
         """Tell everybody, end every process, and return the exit code."""
         front.close()
+        self._registry.close()
         if self._health is not None:
             self._health.stop()
         deadline = time.monotonic() + LINGER
@@ -4055,6 +4163,9 @@ class Agent:
             thread.start()
         for thread in closing:
             thread.join(CLOSE_TIMEOUT)
+        if self._health is not None:
+            self._health.ended.wait(LINGER)
+        self._runtime.endings.wait(self._config.kill_timeout + LINGER)
         if self._copier is not None:
             self._copier.finished.wait(LINGER)
         code = self._main.code if self._main is not None else 0

@@ -42,8 +42,8 @@ import termios
 import threading
 import tty
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType, TracebackType
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import IO, Any, NoReturn, Protocol, Self
 
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
@@ -479,6 +479,7 @@ class AgentConn:
             self._connection.close_socket()
         finally:
             _heartbeat.remove(self._connection)
+            self._before_loss()
             with self._lock:
                 self._lost = ConnectionLost(why)
                 receivers = list(self._receivers.values())
@@ -499,6 +500,9 @@ class AgentConn:
 
     def _expire(self) -> None:
         self.lifetime_expired.set()
+
+    def _before_loss(self) -> None:
+        """The connection has ended, and no session has been told yet."""
 
     def _deliver(self, event: Output | Exit | Error) -> None:
         final = isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL)
@@ -1028,20 +1032,37 @@ class ReverseAgentConn(AgentConn):
         ws: QueuedConnection,
         agent_id: str = "",
         on_lifetime_expired: Callable[[ReverseAgentConn], None] | None = None,
+        on_closed: Callable[[ReverseAgentConn], None] | None = None,
     ) -> None:
-        """Take over ``ws`` after its handshake; serve with ``create_connection=agent.ServerWebSocket``."""
+        """Take over ``ws`` after its handshake; serve with ``create_connection=agent.ServerWebSocket``.
+
+        Args:
+            on_closed: called when the connection has ended, before any session is told.
+        """
         if not isinstance(ws, QueuedConnection):
             raise TypeError(
                 "ws must be an agent.ServerWebSocket: pass create_connection=agent.ServerWebSocket to serve()"
             )
         self.id = agent_id
         self._on_lifetime_expired = on_lifetime_expired
+        self._on_closed = on_closed
+        self._gone = threading.Event()
         super().__init__(ws)
+
+    def _before_loss(self) -> None:
+        self._gone.set()
+        if self._on_closed is not None:
+            self._on_closed(self)
 
     def _expire(self) -> None:
         super()._expire()
         if self._on_lifetime_expired is not None:
             self._on_lifetime_expired(self)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection still stands."""
+        return not self._gone.is_set()
 
     def wait_closed(self) -> None:
         """Wait until the connection has ended and every session on it has been told."""
@@ -1196,10 +1217,10 @@ class ReverseListener:
                 self._clients.discard(connection)
 
     def _serve_agent(self, connection: ServerWebSocket, agent_id: str) -> None:
-        conn = ReverseAgentConn(connection, agent_id, self._on_lifetime_expired)
+        conn = ReverseAgentConn(connection, agent_id, self._on_lifetime_expired, self._forget)
         with self._changed:
             before = self._agents.get(agent_id)
-            if not self._closed:
+            if not self._closed and conn.alive:
                 self._agents[agent_id] = conn
             closed = self._closed
             self._changed.notify_all()
@@ -1212,12 +1233,14 @@ class ReverseListener:
         if self._on_joined is not None:
             self._on_joined(conn)
         conn.wait_closed()
-        with self._changed:
-            if self._agents.get(agent_id) is conn:
-                del self._agents[agent_id]
-                self._changed.notify_all()
         if self._on_left is not None:
             self._on_left(conn)
+
+    def _forget(self, conn: ReverseAgentConn) -> None:
+        with self._changed:
+            if self._agents.get(conn.id) is conn:
+                del self._agents[conn.id]
+                self._changed.notify_all()
 
 
 def _agent_id(path: str) -> str:
@@ -1442,18 +1465,24 @@ class _LocalSession:
             self._conn.send(Resize(self._request.id, *size))
 
     def _catch_signals(self) -> None:
-        def on_resize(number: int, frame: FrameType | None) -> None:
-            # Not from the handler: it may have interrupted the holder of a lock that sending needs.
-            _pool.submit(self._resize)
+        # Python runs a handler only once the main thread wakes, and not every
+        # signal wakes it; the byte for set_wakeup_fd() is written at once.
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
+        numbers = (PASSED_SIGNALS if self._pass_signals else ()) + ((signal.SIGWINCH,) if self._tty else ())
+        arguments = (reading, numbers)
+        threading.Thread(target=self._pass_on_signals, args=arguments, name="signals", daemon=True).start()
+        for number in numbers:
+            signal.signal(number, lambda received, frame: None)
 
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            _pool.submit(self._conn.send, Signal(self._request.id, signal.Signals(number).name))
-
-        if self._tty:
-            signal.signal(signal.SIGWINCH, on_resize)
-        if self._pass_signals:
-            for number in PASSED_SIGNALS:
-                signal.signal(number, on_signal)
+    def _pass_on_signals(self, fd: int, numbers: Collection[int]) -> None:
+        while True:
+            for number in os.read(fd, 64):
+                if number == signal.SIGWINCH:
+                    self._resize()
+                elif number in numbers:
+                    self._conn.send(Signal(self._request.id, signal.Signals(number).name))
 
 
 def _make_parser() -> argparse.ArgumentParser:

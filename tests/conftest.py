@@ -1,1 +1,56 @@
 """Fixtures that every test may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Agent, RawClient
+
+
+@pytest.fixture
+def start_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+    """Start agents of the test's own; each is stopped, by its own PID, at the end."""
+    agents: list[Agent] = []
+
+    def start(*flags: str, **options: Any) -> Agent:
+        directory = tmp_path / f"agent{len(agents)}"
+        directory.mkdir()
+        agents.append(Agent(directory, *flags, **options))
+        return agents[-1]
+
+    yield start
+    for agent in agents:
+        agent.stop()
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
+    """An agent without a main process, for all tests of a module."""
+    agent = Agent(tmp_path_factory.mktemp("agent"))
+    yield agent
+    assert agent.stop() == 0
+    assert "unexpected error" not in agent.log, agent.log
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., RawClient]]:
+    """Open connections to an agent; each is closed at the end."""
+    clients: list[RawClient] = []
+
+    def open_connection(agent: Agent, **options: Any) -> RawClient:
+        options.setdefault("token", agent.token)
+        clients.append(RawClient(agent.url, **options))
+        return clients[-1]
+
+    yield open_connection
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def client(agent: Agent, connect: Callable[..., RawClient]) -> RawClient:
+    """A connection to the module's agent."""
+    return connect(agent)

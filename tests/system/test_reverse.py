@@ -312,7 +312,9 @@ def test_a_backend_that_is_stopped_is_noticed_and_dialled_again(tmp_path: Path) 
         "listener = agent_client.ReverseListener('127.0.0.1', int(sys.argv[1]), token=sys.argv[2])\n"
         "print(listener.port, flush=True)\n"
         "while True:\n"
-        "    listener.wait_for('box'); print('joined', flush=True); listener.get('box').wait_closed()\n"
+        "    conn = listener.wait_for('box')\n"
+        "    print('joined', flush=True)\n"
+        "    conn.wait_closed()\n"
     )
     command = [sys.executable, "-c", script, "0", TOKEN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as backend:
