@@ -917,8 +917,7 @@ class LogFormatter(logging.Formatter):
         # A message may quote what a peer sent: no line break or escape code gets
         # through. A traceback's lines are indented, to look like no record.
         text = "\n    ".join(
-            "".join(char if char.isprintable() or char == "\t" else repr(char)[1:-1] for char in line)
-            for line in lines
+            "".join(char if char.isprintable() or char == "\t" else repr(char)[1:-1] for char in line) for line in lines
         )
         return f"{when} {level:5} {text}{fields}"
 

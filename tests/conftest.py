@@ -22,8 +22,12 @@ def start_agent(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
         return agents[-1]
 
     yield start
-    for agent in agents:
-        agent.stop()
+    try:
+        for agent in agents:
+            agent.stop()
+    finally:
+        for agent in agents:
+            agent.kill()
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ class Agent:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        self._threads = [threading.Thread(target=self._read_log), threading.Thread(target=self._read_output)]
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._read_log, self._read_output)]
         for thread in self._threads:
             thread.start()
         try:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import agent
 
 DEADLINE = 60.0  # seconds; what is waited for comes at once, or something is broken
 TOKEN = "correct-horse-battery"
+
+
+all_started: list[RunningAgent] = []  # of one test; see conftest.py
 
 
 class RunningAgent:
@@ -45,10 +51,21 @@ class RunningAgent:
         self._changed = threading.Condition()  # guards _lines and _ended
         self._lines: list[str] = []
         self._ended = False
-        self._reader = threading.Thread(target=self._read)
+        all_started.append(self)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if not self.reverse:
-            self.addr = self.wait_for_log(r"listening on (\S+)")[1]
+            try:
+                self.addr = self.wait_for_log(r"listening on (\S+)")[1]
+            except BaseException:
+                self.kill()
+                raise
+
+    def kill(self) -> None:
+        """SIGKILL; ended already is fine, too."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -87,5 +104,16 @@ class RunningAgent:
         return code
 
     def stop(self) -> int:
+        """SIGTERM, and the exit code; ended already is fine, too."""
         self.process.terminate()
         return self.wait()
+
+
+@contextlib.contextmanager
+def spawned(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is killed at the end, if it is still there then: no wait for one that will not end."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

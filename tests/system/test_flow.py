@@ -136,7 +136,7 @@ def test_a_client_that_does_not_read_has_its_signal_and_stdin_delivered(stalled:
 
 
 def test_a_client_that_does_not_read_has_its_pings_answered(stalled: Session, tmp_path: Path) -> None:
-    client = stalled._client
+    client = stalled.client
     pongs = [client.ws.ping() for _ in range(3)]
     stalled.write(b"fed\n")
     eventually((tmp_path / "fed").exists, "stdin, which was sent behind the pings")

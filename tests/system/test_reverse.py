@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from running import DEADLINE, TOKEN, RunningAgent
+from running import DEADLINE, TOKEN, RunningAgent, spawned
 
 import agent_client
 from agent_client import AgentConn, ConnectFailed, ConnectionLost, ReverseListener, SessionError, Unauthorized
@@ -41,10 +41,8 @@ def dialling(
 ) -> Iterator[RunningAgent]:
     url = f"http://127.0.0.1:{port}/v1/x/reverse{query}"
     running = RunningAgent(tmp_path, "--callback", url, *flags, token=token, env=env)
-    try:
-        yield running
-    finally:
-        running.stop()
+    yield running
+    running.stop()
 
 
 class RawBackend:
@@ -317,7 +315,7 @@ def test_a_backend_that_is_stopped_is_noticed_and_dialled_again(tmp_path: Path) 
         "    conn.wait_closed()\n"
     )
     command = [sys.executable, "-c", script, "0", TOKEN]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as backend:
+    with spawned(command, stdout=subprocess.PIPE, text=True) as backend:
         assert backend.stdout is not None
         port = int(backend.stdout.readline())
         with dialling(tmp_path, port, "--ping-interval", "200ms", "--ping-timeout", "1s") as running:
@@ -361,7 +359,7 @@ def test_https_proxy_is_used_and_no_proxy_is_heeded(tmp_path: Path, certificates
     (tmp_path / "tinyproxy.conf").write_text(f"Port {proxy_port}\nListen 127.0.0.1\nTimeout 600\nLogLevel Info\n")
     with (
         ReverseListener("127.0.0.1", token=TOKEN, tls=context) as listener,
-        subprocess.Popen(
+        spawned(
             ["tinyproxy", "-d", "-c", str(tmp_path / "tinyproxy.conf")], stdout=subprocess.PIPE, text=True
         ) as proxy,
     ):
@@ -397,7 +395,7 @@ def test_exec_goes_through_a_listener_from_another_terminal(tmp_path: Path) -> N
     client = [sys.executable, agent_client.__file__]
     environ = {**os.environ, "SOCKERLESS_AGENT_TOKEN": TOKEN}
     command = [*client, "listen", "--addr", "127.0.0.1:0"]
-    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as backend:
+    with spawned(command, env=environ, stdout=subprocess.PIPE, text=True) as backend:
         assert backend.stdout is not None
         match = re.fullmatch(r"listening on (127.0.0.1:(\d+))\n", backend.stdout.readline())
         assert match is not None
@@ -411,7 +409,7 @@ def test_exec_goes_through_a_listener_from_another_terminal(tmp_path: Path) -> N
                                      env=environ, capture_output=True, timeout=DEADLINE)  # fmt: skip
             assert missing.returncode == 127
             # A client that is gone takes its command with it.
-            with subprocess.Popen([*client, "exec", *through, "--", "sh", "-c", "echo $$; exec sleep 1000"],
+            with spawned([*client, "exec", *through, "--", "sh", "-c", "echo $$; exec sleep 1000"],
                                   env=environ, stdout=subprocess.PIPE) as doomed:  # fmt: skip
                 assert doomed.stdout is not None
                 child = int(doomed.stdout.readline())
@@ -454,7 +452,7 @@ def test_a_link_that_is_cut_without_a_word_is_noticed_and_every_session_is_told(
             ip("-n", name, "addr", "add", address, "dev", name)
             ip("-n", name, "link", "set", name, "up")
         command = ["ip", "netns", "exec", names[0], sys.executable, "-c", script, TOKEN]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as backend:
+        with spawned(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as backend:
             assert backend.stdout is not None
             assert backend.stdout.readline() == "up\n"
             running = RunningAgent(tmp_path, "--callback", "http://10.99.1.1:8080/cb?id=box", "--callback-retries", "0",
