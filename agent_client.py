@@ -29,6 +29,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import secrets
 import select
@@ -42,7 +43,7 @@ import termios
 import threading
 import tty
 import urllib.parse
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, NoReturn, Protocol, Self
 
@@ -883,18 +884,27 @@ def _copy(source: _OutputStream, target: IO[str], done: threading.Event) -> None
 
 
 class _EventQueue:
-    """A session's events in their order, for one thread that takes them."""
+    """A session's events in their order, for one thread that takes them.
 
-    def __init__(self) -> None:
+    Args:
+        limit: bytes of output that may wait before output() blocks, and with it the
+            receiver: only for the one session of a connection.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        self._limit = limit
         self._changed = threading.Condition()  # guards the attributes below
         self._outputs: collections.deque[tuple[Stream, bytes]] = collections.deque()
+        self._size = 0  # bytes in _outputs
         self._ended = False
         self.code: int | None = None
         self.error: ClientError | None = None
 
     def output(self, event: Output) -> None:
         with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._size < self._limit)
             self._outputs.append((event.stream, event.data))
+            self._size += len(event.data)
             self._changed.notify_all()
 
     def warning(self, error: SessionError) -> None:
@@ -914,7 +924,19 @@ class _EventQueue:
         """Wait for the next output; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._outputs or self._ended)
-            return self._outputs.popleft() if self._outputs else None
+            if not self._outputs:
+                return None
+            stream, data = self._outputs.popleft()
+            self._size -= len(data)
+            if self._size < self._limit <= self._size + len(data):
+                self._changed.notify_all()
+            return stream, data
+
+    def abandon(self) -> None:
+        """Nobody takes any more: let the receiver go on."""
+        with self._changed:
+            self._limit, self._ended = math.inf, True
+            self._changed.notify_all()
 
     def result(self) -> int:
         """The exit code. Raises what the session failed with."""
@@ -1354,12 +1376,29 @@ class _Relay:
 # ══════════════════════════════════════════════════════════════════════════════
 
 EXIT_FAILED, EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND = 125, 126, 127  # as `docker exec` has them
+LOCAL_LIMIT = 16 << 20  # bytes of output that may wait for our stdout or stderr to take them
 DETACH_KEYS = b"\x10\x11"  # Ctrl-P Ctrl-Q, as Docker has it
 PASSED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _Detached(ClientError):
     """The user typed the detach keys."""
+
+
+class _Interrupted(ClientError):
+    """A signal ends this program, and is not passed on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with 125 for a usage error, since 2 might be the command's."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_FAILED, f"agent_client: {message}\n")
 
 
 class _LocalTerminal:
@@ -1403,7 +1442,7 @@ class _LocalSession:
         self._tty: bool = options.tty
         self._pass_signals: bool = options.sig_proxy
         self._attached = isinstance(request, Attach)
-        self._events = _EventQueue()
+        self._events = _EventQueue(LOCAL_LIMIT)
         self._channel = conn.open_channel(request.id)
         self._terminal = _LocalTerminal(0)
         self._typed = b""  # the first of DETACH_KEYS, held back until the next key decides
@@ -1421,10 +1460,13 @@ class _LocalSession:
                 threading.Thread(target=self._read_stdin, name="stdin", daemon=True).start()
             elif not self._attached and not self._tty:
                 self._channel.send(CloseStdin(self._request.id))
-            while (item := self._events.take()) is not None:
-                if not self._write(*item):
-                    return 128 + signal.SIGPIPE
-            return self._events.result()
+            try:
+                while (item := self._events.take()) is not None:
+                    if not self._write(*item):
+                        return 128 + signal.SIGPIPE
+                return self._events.result()
+            finally:
+                self._events.abandon()
 
     def _write(self, stream: Stream, data: bytes) -> bool:
         """Write output; False if nobody reads it any more."""
@@ -1470,23 +1512,24 @@ class _LocalSession:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)
-        numbers = (PASSED_SIGNALS if self._pass_signals else ()) + ((signal.SIGWINCH,) if self._tty else ())
-        arguments = (reading, numbers)
-        threading.Thread(target=self._pass_on_signals, args=arguments, name="signals", daemon=True).start()
-        for number in numbers:
+        threading.Thread(target=self._handle_signals, args=(reading,), name="signals", daemon=True).start()
+        for number in (*PASSED_SIGNALS, signal.SIGWINCH):
             signal.signal(number, lambda received, frame: None)
 
-    def _pass_on_signals(self, fd: int, numbers: Collection[int]) -> None:
+    def _handle_signals(self, fd: int) -> None:
         while True:
             for number in os.read(fd, 64):
                 if number == signal.SIGWINCH:
-                    self._resize()
-                elif number in numbers:
+                    if self._tty:
+                        self._resize()
+                elif self._pass_signals:
                     self._conn.send(Signal(self._request.id, signal.Signals(number).name))
+                else:
+                    self._events.failed(_Interrupted(number))  # so that the terminal is put back
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="agent_client",
         description="Run commands in a container through its sockerless-agent.",
         epilog="Exit status: the command's own; 128+n if signal n ended it; 125 if this program failed, 126 if the "
@@ -1494,7 +1537,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sockerless-agent-client {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "--addr",
         default=os.environ.get("SOCKERLESS_AGENT_ADDR") or DEFAULT_ADDRESS,
@@ -1503,7 +1546,7 @@ def _make_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--token-file", metavar="PATH", help="read the bearer token from PATH (or SOCKERLESS_AGENT_TOKEN)"
     )
-    session = argparse.ArgumentParser(add_help=False, parents=[common])
+    session = _Parser(add_help=False, parents=[common])
     session.add_argument("-i", "--interactive", action="store_true", help="forward stdin")
     session.add_argument("-t", "--tty", action="store_true", help="on a terminal")
     session.add_argument(
@@ -1682,6 +1725,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except CommandNotExecutable as exc:
         print(f"agent_client: {exc}", file=sys.stderr)
         code = EXIT_NOT_EXECUTABLE
+    except _Interrupted as exc:
+        code = 128 + exc.number
     except (ClientError, ValueError, OSError) as exc:
         print(f"agent_client: {exc}", file=sys.stderr)
     except KeyboardInterrupt:
