@@ -41,8 +41,10 @@ import datetime
 import enum
 import errno
 import fcntl
+import heapq
 import hmac
 import http
+import itertools
 import json
 import logging
 import math
@@ -2099,13 +2101,16 @@ OUTBOX_LIMIT = 64 << 20  # bytes of all sessions of a connection that may wait, 
 FRAME_LIMIT = 1 << 20  # bytes of output in one data frame
 BATCH_SIZE = 256 << 10  # bytes that are worth a system call of their own
 SEND_NOW_LIMIT = 16 << 10  # bytes that whoever puts them may send itself
+PACED_BURST = 16  # small frames of a session that go out at once, in a paced outbox
+PACED_RATE = 25.0  # frames/s that go out after them
 
 
 class Channel:
     """One session's messages on their way to one connection, in their order: a Sink.
 
-    Bytes that wait are sent as one frame: a deployed Go backend drops what
-    exceeds 64 messages a session.
+    Bytes that wait are sent as one frame. In a paced outbox a session that goes on
+    to write little by little, and to which nobody speaks, is made to wait for
+    that: a deployed Go backend drops what exceeds 64 messages a session.
     """
 
     def __init__(self, outbox: Outbox, session_id: str) -> None:
@@ -2116,6 +2121,25 @@ class Channel:
         self._size = 0  # bytes in _entries
         self._room = threading.Condition(outbox._lock)
         self._on_room: Callable[[], None] | None = None
+        self._resting = False  # in the outbox's _resting instead of _ready
+        self._budget = float(PACED_BURST)  # small frames that may go out at once
+        self._budget_of = 0.0  # when that was reckoned, on the monotonic clock
+
+    def refill(self) -> None:
+        """The client has said something: what answers it is not held back."""
+        outbox = self._outbox
+        if not outbox.paced:
+            return
+        with outbox._lock:
+            self._budget = float(PACED_BURST)
+            if self._resting:
+                self._end_rest()
+                outbox._work.notify()
+
+    def _end_rest(self) -> None:
+        """Be ready before the time. Holds the outbox's lock."""
+        self._resting = False
+        self._outbox._ready.append(self)
 
     def wait_for_room(self) -> bool:
         outbox = self._outbox
@@ -2144,13 +2168,30 @@ class Channel:
         with outbox._lock:
             if outbox._closed:
                 return
-            if not self._entries:
-                outbox._ready.append(self)
+            idle = not self._entries
             self._entries.append((stream, data))
             self._size += len(data)
+            urgent = stream is None or self._size >= BATCH_SIZE
+            if idle:
+                pause = self._pause() if outbox.paced and not urgent else 0.0
+                if pause > 0:
+                    outbox._rest_until(time.monotonic() + pause, self)
+                    return
+                outbox._ready.append(self)
+            elif self._resting:
+                if not urgent:
+                    return
+                self._end_rest()
             batch = outbox._take_if_small()
         if batch is not None:
             outbox.send_at_once(batch)
+
+    def _pause(self) -> float:
+        """Seconds until the next small frame may go out. Holds the outbox's lock."""
+        now = time.monotonic()
+        self._budget = min(self._budget + (now - self._budget_of) * PACED_RATE, PACED_BURST)
+        self._budget_of = now
+        return (1 - self._budget) / PACED_RATE
 
     def _take_turn(self) -> _Turn:
         """Take as much as makes one frame. Holds the outbox's lock."""
@@ -2162,6 +2203,8 @@ class Channel:
                 chunks.append(data)
                 size += len(data)
         self._size -= size
+        if size < BATCH_SIZE:
+            self._budget -= 1
         self._room.notify_all()
         return _Turn(chunks, size, self._prefixes[stream] if stream is not None else None)
 
@@ -2191,15 +2234,21 @@ class Outbox:
     saves a change of threads, a fifth of an echo's round trip (scripts/bench).
     """
 
-    def __init__(self, masked: bool) -> None:
+    def __init__(self, masked: bool, paced: bool = False) -> None:
         self.masked = masked  # the client's side masks its frames
+        self.paced = paced  # for a peer that drops what comes in many small frames, see Channel
         # Guards everything here and in the channels. Held for no I/O and no callback.
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # the writer waits here
         self._idle = threading.Condition(self._lock)  # flush() waits here
         self._frames: collections.deque[bytes] = collections.deque()  # ready for the socket; b"" closes our side
         self._frames_size = 0
-        self._ready: collections.deque[Channel] = collections.deque()  # channels with entries, each once
+        # Channels with entries, each in one of these once: in _ready, or while it
+        # waits for more in _resting, a heap by the time until then. There an entry
+        # whose channel's _resting is False is a leftover.
+        self._ready: collections.deque[Channel] = collections.deque()
+        self._resting: list[tuple[float, int, Channel]] = []
+        self._rests = itertools.count()  # so that no two entries compare equal up to the channel
         self._sending = False  # somebody has the role
         self._writer_sends = False  # and it is the writer
         self._rest: list[BytesLike] = []  # taken, and not accepted by the socket without waiting
@@ -2209,6 +2258,21 @@ class Outbox:
 
     def _channel_limit(self) -> int:
         return max(CHANNEL_MINIMUM, min(CHANNEL_LIMIT, OUTBOX_LIMIT // (len(self._ready) or 1)))
+
+    def _rest_until(self, due: float, channel: Channel) -> None:
+        """Let a channel wait for more. Holds the lock."""
+        channel._resting = True
+        heapq.heappush(self._resting, (due, next(self._rests), channel))
+        self._work.notify()  # the writer wakes it
+
+    def _end_rests(self, everybody: bool = False) -> float | None:
+        """Make channels ready whose rest is over; seconds until the next one's is. Holds the lock."""
+        now = math.inf if everybody else time.monotonic()
+        while self._resting and (self._resting[0][0] <= now or not self._resting[0][2]._resting):
+            channel = heapq.heappop(self._resting)[2]
+            if channel._resting:
+                channel._end_rest()
+        return self._resting[0][0] - now if self._resting else None
 
     def push_frame(self, frame: bytes) -> None:
         """Queue a control frame that websockets made, or the end of the stream (b"")."""
@@ -2251,6 +2315,7 @@ class Outbox:
         if self._closed:
             return []
         self._closed = True
+        self._end_rests(everybody=True)
         waiting = list(self._ready)
         for channel in waiting:
             channel._entries.clear()
@@ -2339,9 +2404,11 @@ class Outbox:
             if self._writer_sends:  # not so the first time: then another thread may have the role
                 self._sending = self._writer_sends = False
                 self._idle.notify_all()
-            self._work.wait_for(
-                lambda: self._ended or (not self._sending and (self._rest or self._frames or self._ready))
-            )
+            while True:
+                pause = self._end_rests()
+                if self._ended or (not self._sending and (self._rest or self._frames or self._ready)):
+                    break
+                self._work.wait(pause)
             if self._ended:
                 return None
             self._sending = self._writer_sends = True
@@ -2354,6 +2421,8 @@ class Outbox:
     def flush(self, timeout: float) -> bool:
         """Wait until everything was handed to the kernel; False if it was not in ``timeout`` seconds."""
         with self._lock:
+            self._end_rests(everybody=True)
+            self._work.notify()
             done = self._idle.wait_for(
                 lambda: self._closed or not (self._frames or self._ready or self._rest or self._sending), timeout
             )
@@ -2691,6 +2760,7 @@ class ExecSession:
         self._channel.send(Exit(self.id, code))
 
     def write(self, data: bytes) -> None:
+        self._channel.refill()
         try:
             self._process.input.write(data)
         except InputOverflow as exc:
@@ -2860,6 +2930,7 @@ class AttachSession:
         self._channel.send(Output(self.id, stream, describe_loss(lost, self._main.log.capacity), lost))
 
     def write(self, data: bytes) -> None:
+        self._channel.refill()
         try:
             self._main.input.write(data)
         except InputOverflow as exc:
@@ -3153,9 +3224,10 @@ class QueuedConnection(WebSocket):
 
     recv_bufsize = 256 << 10
     masked = False
+    paced = False
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        self.outbox = Outbox(self.masked)
+        self.outbox = Outbox(self.masked, self.paced)
         self.last_received = time.monotonic()  # written by the receiver alone
         self.progress: tuple[int, float] = (0, time.monotonic())  # see stuck_for(); the heartbeat's alone
         self._writing = False  # guarded by protocol_mutex; once True, everything goes through the outbox
@@ -3854,6 +3926,7 @@ class DialerSocket(QueuedConnection, ClientConnection):
     """A connection that this agent dialled."""
 
     masked = True
+    paced = True
 
 
 class ReverseDialer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import re
 import signal
@@ -11,14 +13,18 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 from running import DEADLINE, TOKEN, RunningAgent, spawned
+from websockets.sync.server import ServerConnection, serve
 
 import agent_client
+from agent import PACED_BURST, PACED_RATE
 from agent_client import AgentConn, ConnectFailed, ConnectionLost, ReverseListener, SessionError, Unauthorized
 
 MAIN = 'echo ready; while read -r line; do echo "got $line"; done; exit 9'
@@ -472,3 +478,71 @@ def test_a_link_that_is_cut_without_a_word_is_noticed_and_every_session_is_told(
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_many_small_writes_are_few_messages(tmp_path: Path) -> None:
+    """A deployed Go backend buffers 64 messages of a session, and drops the rest without a word, the exit too."""
+    messages: list[dict[str, Any]] = []
+    took = 0.0
+    received, over = threading.Event(), threading.Event()
+
+    def backend(connection: ServerConnection) -> None:
+        nonlocal took
+        script = "i=0; while [ $i -lt 5000 ]; do echo $i; i=$((i + 1)); done; exit 3"
+        started = time.monotonic()
+        connection.send(json.dumps({"type": "exec", "id": "e", "cmd": ["sh", "-c", script]}))
+        for text in connection:
+            messages.append(json.loads(text))
+            if messages[-1]["type"] == "exit":
+                break
+        took = time.monotonic() - started
+        received.set()
+        over.wait(DEADLINE)  # else the agent would dial again
+
+    with serve(backend, "127.0.0.1", 0, compression=None) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with dialling(tmp_path, server.socket.getsockname()[1]):
+            assert received.wait(DEADLINE)
+        over.set()
+        server.shutdown()
+        thread.join()
+    assert messages.pop() == {"type": "exit", "id": "e", "code": 3}
+    output = b"".join(base64.b64decode(message["data"]) for message in messages)
+    assert output == b"".join(b"%d\n" % number for number in range(5000))
+    assert len(messages) <= PACED_BURST + 1 + PACED_RATE * took
+
+
+LAUNCHER = """
+import os, sys
+import agent
+
+for number in range(int(sys.argv[2])):
+    if os.fork() == 0:  # so that they share what they have imported
+        agent.main(["--log-level", "error", "--callback", f"{sys.argv[1]}?id=box{number}"])
+sys.stdin.read()
+"""
+
+
+def test_200_agents_on_one_listener(tmp_path: Path) -> None:
+    count = 200
+    left: list[str] = []
+    with ReverseListener("127.0.0.1", token=TOKEN, on_left=lambda conn: left.append(conn.id)) as listener:
+        command = [sys.executable, "-c", LAUNCHER, f"http://127.0.0.1:{listener.port}/cb", str(count)]
+        environ = {**os.environ, "SOCKERLESS_AGENT_TOKEN": TOKEN}
+        with spawned(command, env=environ, stdin=subprocess.PIPE, start_new_session=True) as launcher:
+            try:
+                conns = [listener.wait_for(f"box{number}", DEADLINE) for number in range(count)]
+                assert len(listener) == count
+                processes = [conn.popen(["sh", "-c", "echo $0; read x; exit 7", conn.id], text=True) for conn in conns]
+                for conn, process in zip(conns, processes, strict=True):
+                    assert process.stdout.readline() == f"{conn.id}\n"
+                for process in processes:
+                    process.stdin.write("\n")
+                    process.stdin.close()
+                assert [process.wait(DEADLINE) for process in processes] == [7] * count
+            finally:
+                os.killpg(launcher.pid, signal.SIGTERM)
+            for conn in conns:
+                conn.wait_closed()
+    assert sorted(left) == sorted(f"box{number}" for number in range(count))

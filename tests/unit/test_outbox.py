@@ -17,6 +17,8 @@ from agent import (
     CHANNEL_MINIMUM,
     FRAME_LIMIT,
     OUTBOX_LIMIT,
+    PACED_BURST,
+    PACED_RATE,
     SEND_NOW_LIMIT,
     Channel,
     Error,
@@ -603,3 +605,96 @@ def test_a_putting_thread_wakes_the_writer(outbox):
     outbox.end()
     writer.result()
     assert events_of(b"".join(sent)) == [Output("s", OUT, b"x")]
+
+
+# ── pacing ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def paced(monkeypatch):
+    """A paced outbox whose clock stands still; move it with outbox.advance()."""
+    now = [1000.0]
+    outbox = Outbox(masked=False, paced=True)
+    monkeypatch.setattr(agent.time, "monotonic", lambda: now[0])
+    outbox.advance = lambda seconds: now.__setitem__(0, now[0] + seconds)
+    return outbox
+
+
+def small_writes(channel: Channel, count: int, start: int = 0) -> None:
+    for number in range(start, start + count):
+        channel.put(OUT, b"%d;" % number)
+
+
+def test_a_session_that_writes_little_by_little_is_made_to_wait_after_a_burst(paced):
+    sock = Socket(paced, room=1 << 20)
+    channel = Channel(paced, "s")
+    small_writes(channel, 100)
+    burst = [event.data for event in events_of(sock.sent)]
+    assert burst == [b"%d;" % number for number in range(PACED_BURST)]
+    paced.advance(1 / PACED_RATE)
+    (rest,) = take_batch(paced)
+    assert rest.data == b"".join(b"%d;" % number for number in range(PACED_BURST, 100))
+
+
+def test_the_writer_wakes_when_a_rest_is_over():
+    outbox = Outbox(masked=False, paced=True)
+    sent = []
+    writer = InThread(run_writer, outbox, sent)
+    small_writes(Channel(outbox, "s"), 100)
+    expected = b"".join(b"%d;" % number for number in range(100))
+    wait_until(lambda: sum(len(e.data) for e in events_of(b"".join(sent))) == len(expected), "all of it is sent")
+    outbox.end()
+    writer.result()
+    events = events_of(b"".join(sent))
+    assert b"".join(event.data for event in events) == expected
+    assert len(events) < 100
+
+
+def test_what_is_large_or_ends_the_session_or_answers_the_client_does_not_wait(paced):
+    sock = Socket(paced, room=1 << 30)
+    channels = [Channel(paced, name) for name in ("large", "ends", "answers", "rests")]
+    for channel in channels:
+        small_writes(channel, PACED_BURST + 1)
+    sock.sent = b""
+    assert len(paced._ready) == 0
+    large, ends, answers, rests = channels
+    large.put(OUT, NOISE[:BATCH_SIZE])
+    ends.send(Exit("ends", 0))
+    answers.refill()
+    events = events_of(sock.sent) + take_all(paced)
+    assert {event.id for event in events} == {"large", "ends", "answers"}
+    assert Exit("ends", 0) in events
+    assert rests._entries
+
+
+def test_a_flush_waits_for_no_rest(paced):
+    Socket(paced, room=1 << 20)
+    channel = Channel(paced, "s")
+    small_writes(channel, PACED_BURST + 1)
+    assert paced.flush(0) is False
+    assert len(take_batch(paced)) == 1
+
+
+def test_the_end_frees_those_who_rest(paced):
+    channel = Channel(paced, "s")
+    Socket(paced, room=1 << 20)
+    small_writes(channel, PACED_BURST + 1)
+    paced.end()
+    assert not channel._entries
+    assert paced.take() is None
+
+
+def test_a_session_that_pauses_has_its_burst_again(paced):
+    sock = Socket(paced, room=1 << 20)
+    channel = Channel(paced, "s")
+    small_writes(channel, PACED_BURST)
+    paced.advance(PACED_BURST / PACED_RATE + 1)
+    sock.sent = b""
+    small_writes(channel, PACED_BURST, start=PACED_BURST)
+    assert len(events_of(sock.sent)) == PACED_BURST
+
+
+def test_an_outbox_that_is_not_paced_makes_nobody_wait(outbox):
+    sock = Socket(outbox, room=1 << 20)
+    small_writes(Channel(outbox, "s"), 200)
+    assert len(events_of(sock.sent)) == 200
