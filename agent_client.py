@@ -1102,6 +1102,7 @@ class ReverseListener:
     would: ``AgentConn.dial("ws://host:port/agents/ID/ws")``; ``GET /agents`` lists the ids.
 
     The callbacks are called from the listener's threads, and must not block.
+    What they raise is logged.
     """
 
     def __init__(
@@ -1162,7 +1163,7 @@ class ReverseListener:
         """
         with self._changed:
             if not self._changed.wait_for(lambda: agent_id in self._agents or self._closed, timeout):
-                raise TimeoutError(f"agent {agent_id!r} did not connect within {timeout:g} s")
+                raise TimeoutError(f"agent {agent_id!r} did not connect within {timeout} s")
             if agent_id not in self._agents:
                 raise ConnectionLost("the listener is closed")
             return self._agents[agent_id]
@@ -1239,7 +1240,7 @@ class ReverseListener:
                 self._clients.discard(connection)
 
     def _serve_agent(self, connection: ServerWebSocket, agent_id: str) -> None:
-        conn = ReverseAgentConn(connection, agent_id, self._on_lifetime_expired, self._forget)
+        conn = ReverseAgentConn(connection, agent_id, self._expired, self._forget)
         with self._changed:
             before = self._agents.get(agent_id)
             if not self._closed and conn.alive:
@@ -1252,11 +1253,20 @@ class ReverseListener:
             log.info("agent %s dialled again: its first connection is closed", agent_id)
             # Not before the new one is known, and in another thread: the old peer may not answer.
             _pool.submit(before._connection.close, CloseCode.GOING_AWAY, "replaced by another connection")
-        if self._on_joined is not None:
-            self._on_joined(conn)
+        self._tell(self._on_joined, conn)
         conn.wait_closed()
-        if self._on_left is not None:
-            self._on_left(conn)
+        self._tell(self._on_left, conn)
+
+    def _expired(self, conn: ReverseAgentConn) -> None:
+        self._tell(self._on_lifetime_expired, conn)
+
+    def _tell(self, callback: Callback | None, conn: ReverseAgentConn) -> None:
+        if callback is None:
+            return
+        try:
+            callback(conn)
+        except Exception:
+            log.exception("a callback failed for agent %s", conn.id)
 
     def _forget(self, conn: ReverseAgentConn) -> None:
         with self._changed:
@@ -1628,8 +1638,14 @@ def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     # Before any thread exists, so that each inherits it and sigwait() alone gets them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
+    saying = threading.Lock()  # held while a line is printed: print() writes it in two parts
+
     def say(what: str) -> Callback:
-        return lambda conn: print(f"agent {conn.id} {what}", flush=True)
+        def callback(conn: ReverseAgentConn) -> None:
+            with saying, contextlib.suppress(OSError):  # who no longer reads this may still need the agents
+                print(f"agent {conn.id} {what}", flush=True)
+
+        return callback
 
     with ReverseListener(
         address.host,
