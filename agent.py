@@ -31,6 +31,24 @@ The file reads top-down; each section uses only those above it:
 
 from __future__ import annotations
 
+import signal
+
+# What an init passes on to its main process: as in tini, all but what the
+# kernel sends for a fault of the process's own, what stops it at a terminal, and
+# SIGCHLD. SIGPIPE and SIGXFSZ are Python's own business.
+PASSED_SIGNALS = frozenset(
+    signal.valid_signals()
+    - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE, signal.SIGXFSZ}
+    - {signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGTRAP, signal.SIGSYS}
+)
+# Blocked, so that writing a log line to a terminal from the background stops nothing (termios(3), TOSTOP).
+TERMINAL_STOPS = frozenset({signal.SIGTTIN, signal.SIGTTOU})
+
+if __name__ == "__main__":
+    # Before the imports, which take a tenth of a second: to a PID 1 the kernel
+    # does not even deliver what nobody has asked for. What is blocked stays pending.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_SIGNALS | TERMINAL_STOPS)
+
 import argparse
 import binascii
 import collections
@@ -55,7 +73,6 @@ import re
 import secrets
 import select
 import selectors
-import signal
 import socket
 import ssl
 import stat
@@ -579,6 +596,11 @@ class Config:
     tty: bool = False
     copy_output: bool = True
     exit_with_main: bool = False
+    init: str = "auto"
+    subreaper: bool = False
+    signal_group: bool = False
+    exit_codes: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    stop_signal: int = int(signal.SIGTERM)
     stop_timeout: float = 10.0
     drain_timeout: float = 1.0
     kill_timeout: float = 2.0
@@ -709,6 +731,29 @@ def _check_file(path: str) -> str:
     return path
 
 
+def parse_exit_codes(text: str) -> dict[int, int]:
+    """Exit codes to be replaced, such as ``143:0,130:1``; ``143`` alone is replaced by 0, as by ``tini -e``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    codes = {}
+    for pair in text.split(","):
+        code, colon, replacement = pair.strip().partition(":")
+        numbers = [code, replacement if colon else "0"]
+        if not all(number.isascii() and number.isdigit() and int(number) < 256 for number in numbers):
+            raise ValueError(f"must be codes from 0 to 255 such as 143:0,130:0, not {text!r}")
+        codes[int(code)] = int(numbers[1])
+    return codes
+
+
+def _parse_stop_signal(text: str) -> int:
+    number = parse_signal(text)
+    if number not in PASSED_SIGNALS:
+        raise ValueError(f"cannot be used to stop: {text!r}")
+    return number
+
+
 def _one_of(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
@@ -763,7 +808,15 @@ OPTIONS = (
     Option("tty", _parse_boolean, "", "give the main process a terminal"),
     Option("copy-output", _parse_boolean, "", "copy the main process's output to the agent's own (default: true)"),
     Option("exit-with-main", _parse_boolean, "", "end with the main process, and with its exit code"),
-    Option("stop-timeout", parse_duration, "DURATION", "from SIGTERM to SIGKILL for the main process (default: 10s)"),
+    Option("init", _one_of("auto", "on", "off"), "MODE",
+           "wait for orphans: auto as PID 1, on always (as a subreaper), off never (default: auto)"),
+    Option("subreaper", _parse_boolean, "", "adopt orphans when not PID 1, as --init=on does"),
+    Option("signal-group", _parse_boolean, "", "pass signals on to the main process's group, not to it alone"),
+    Option("exit-codes", parse_exit_codes, "LIST", "main process's exit codes to be replaced, such as 143:0,130:0"),
+    Option("stop-signal", _parse_stop_signal, "SIGNAL",
+           "what the main process is sent when the agent gets this or SIGTERM (default: TERM)"),
+    Option("stop-timeout", parse_duration, "DURATION",
+           "from the stop signal to SIGKILL for the main process (default: 10s)"),
     Option("drain-timeout", parse_duration, "DURATION",
            "how long output must be quiet after a command has ended while its background children hold the pipe "
            "(default: 1s)"),
@@ -1122,6 +1175,7 @@ class Cursor:
 # ══════════════════════════════════════════════════════════════════════════════
 
 SESSION_VARIABLE = "SOCKERLESS_AGENT_SESSION"  # marks a child and its descendants, see find_processes()
+_agent_mark = f"{SESSION_VARIABLE}={secrets.token_hex(8)}."  # how the mark of every child of this agent begins
 
 _libc = ctypes.CDLL(None)
 # <spawn.h>; the values are the same in glibc and musl.
@@ -1175,7 +1229,7 @@ def make_command(
         variables[name] = value
     variables.setdefault("PATH", DEFAULT_PATH)
     # A nested agent's children belong to it and to us: keep both marks apart.
-    cookie = f"{SESSION_VARIABLE}={secrets.token_hex(8)}"
+    cookie = _agent_mark + secrets.token_hex(4)
     variables.pop(SESSION_VARIABLE, None)
     encoded = tuple(_encode(f"{name}={value}") for name, value in variables.items())
     return Command(
@@ -1336,8 +1390,8 @@ class Child:
         self._reaper = reaper
         self._on_exit = on_exit
 
-    def send_signal(self, number: int, group: int = 0) -> bool:
-        """Send a signal to the child's process group, or to ``group``; False if it has ended.
+    def send_signal(self, number: int, group: int = 0, alone: bool = False) -> bool:
+        """Send a signal to the child's process group, to ``group``, or to it ``alone``; False if it has ended.
 
         Raises:
             PermissionError: if the group changed to another user.
@@ -1346,7 +1400,10 @@ class Child:
             if self.returncode is not None:
                 return False
             try:
-                os.killpg(group or self.pid, number)
+                if alone:
+                    os.kill(self.pid, number)
+                else:
+                    os.killpg(group or self.pid, number)
             except ProcessLookupError:
                 return False
             return True
@@ -1369,9 +1426,13 @@ class Reaper:
     So no exit status is stolen, and no zombie stays: as PID 1 the agent inherits
     every orphan. SIGCHLD wakes it through signal.set_wakeup_fd. That needs no
     blocked signal mask, which children would inherit.
+
+    Args:
+        adopting: whether orphans are waited for; else the agent's own children alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adopting: bool = True) -> None:
+        self._adopting = adopting
         # Guards the attributes below. Held during waitpid(WNOHANG) and kill(2),
         # neither of which blocks, so that no PID is signalled after it was reaped.
         self._lock = threading.Lock()
@@ -1415,6 +1476,8 @@ class Reaper:
                         self._children[pid] = child
         if status is not None:
             child._set_status(status)
+        elif not self._adopting:
+            os.write(self._wake_write, b"\0")  # it may have ended before its PID was known
         return child
 
     def _claim(self, pid: int) -> int | None:
@@ -1439,9 +1502,24 @@ class Reaper:
         while True:
             try:
                 os.read(self._wake_read, 65536)
-                self._reap()
+                if self._adopting:
+                    self._reap()
+                else:
+                    self._reap_own()
             except Exception:
                 log.exception("reaper: unexpected error")
+
+    def _reap_own(self) -> None:
+        with self._lock:
+            children = list(self._children.values())
+        for child in children:
+            with self._lock:
+                pid, status = os.waitpid(child.pid, os.WNOHANG)
+                if pid == 0:
+                    continue
+                del self._children[pid]
+                child.returncode = returncode_of(status)
+            child._set_status(status)
 
     def _reap(self) -> None:
         while True:
@@ -1462,6 +1540,19 @@ class Reaper:
                     self.orphans += 1
             if child is not None:
                 child._set_status(status)
+
+
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+
+
+def become_subreaper() -> None:
+    """Adopt the orphans among this process's descendants, see PR_SET_CHILD_SUBREAPER(2const).
+
+    Raises:
+        OSError: if the kernel does not allow it.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1493,16 +1584,19 @@ def _has_cookie(pid: int, cookies: Iterable[bytes]) -> bool:
     return any(cookie in environment for cookie in cookies)
 
 
-def find_processes(children: Sequence[Child]) -> set[_ProcessInfo]:
-    """Every living process that these children started, in /proc.
+def find_processes(children: Sequence[Child] | None) -> set[_ProcessInfo]:
+    """Every living process that these children started, in /proc; None for all that this agent ever did.
 
     A process belongs to a child by its session, by an ancestor that belongs to
     it, or by the mark in its environment: a daemon that called setsid(2) twice
     and lost its parents is found by the mark.
     """
-    cookies = [child.cookie for child in children]
-    leaders = {child.pid for child in children if child.returncode is None}
     own = os.getpid()
+    if children is None:
+        cookies, leaders = [_agent_mark.encode()], {own}
+    else:
+        cookies = [child.cookie for child in children]
+        leaders = {child.pid for child in children if child.returncode is None}
     processes = [
         process
         for process in map(_read_process, (int(name) for name in os.listdir("/proc") if name.isdigit()))
@@ -1511,7 +1605,10 @@ def find_processes(children: Sequence[Child]) -> set[_ProcessInfo]:
     found = {
         process
         for process in processes
-        if process.session in leaders or process.pid in leaders or _has_cookie(process.pid, cookies)
+        if process.pid in leaders
+        or process.parent in leaders
+        or (children is not None and process.session in leaders)
+        or _has_cookie(process.pid, cookies)
     }
     pids = {process.pid for process in found}
     size = -1
@@ -1547,8 +1644,8 @@ def _signal_process(process: _ProcessInfo, number: int) -> None:
             os.close(handle)
 
 
-def end_processes(children: Sequence[Child], grace: float) -> None:
-    """End all that these children started: SIGHUP, and after ``grace`` seconds SIGKILL.
+def end_processes(children: Sequence[Child] | None, grace: float) -> None:
+    """End all that find_processes() finds: SIGHUP, and after ``grace`` seconds SIGKILL.
 
     Blocks until nothing is left. SIGCONT goes along, since a stopped process
     would not see the SIGHUP; the kernel does the same for an orphaned group.
@@ -2538,7 +2635,7 @@ class Process:
         self._terminal: Terminal | None = None
         self._pumped: PumpedTerminal | None = None
         self._size = DEFAULT_WINDOW  # until the terminal exists
-        self._early_signals: list[int] = []  # sent before the child exists
+        self._early_signals: list[tuple[int, bool]] = []  # sent before the child exists
         self._abandoned = False  # end() came before the child exists
         self._open_outputs = 1 if tty else 2
         self._code: int | None = None
@@ -2622,8 +2719,8 @@ class Process:
             early, self._early_signals = self._early_signals, []
             child, abandoned = self._child, self._abandoned
         assert child is not None
-        for number in early:
-            self.send_signal(number)
+        for number, alone in early:
+            self.send_signal(number, alone)
         if abandoned:
             self._runtime.end_later([child])
 
@@ -2636,11 +2733,12 @@ class Process:
     def _read(self, fd: int, stream: Stream) -> None:
         read_pipe(fd, stream, self._sink, self._exited, self._runtime.config.drain_timeout, self._output_ended)
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, number: int, alone: bool = False) -> None:
         """Signal the process group; on a terminal its foreground group, as the terminal would.
 
         HUP, TERM and KILL, which no key sends, go to the process's own group
-        too. Harmless once it has ended.
+        too. With ``alone``, signal the process and nothing else. Harmless once
+        it has ended.
 
         Raises:
             PermissionError: if the process changed to another user.
@@ -2648,8 +2746,11 @@ class Process:
         with self._lock:
             child, terminal = self._child, self._terminal
             if child is None:
-                self._early_signals.append(number)
+                self._early_signals.append((number, alone))
                 return
+        if alone:
+            child.send_signal(number, alone=True)
+            return
         group = terminal.foreground_group() if terminal is not None else 0
         if group and group != child.pid:
             child.send_signal(number, group)
@@ -2833,9 +2934,9 @@ class MainProcess:
         """Call ``callback`` when the process ends; before start() only."""
         self._exit_callbacks.append(callback)
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, number: int, alone: bool = False) -> None:
         """Signal the process, see :meth:`Process.send_signal`."""
-        self._process.send_signal(number)
+        self._process.send_signal(number, alone)
 
     def resize(self, width: int, height: int) -> None:
         self._process.resize(width, height)
@@ -3657,11 +3758,12 @@ class Peer:
         self._runtime.end_later(children)
         return len(sessions)
 
-    def children(self) -> list[Child]:
-        """The processes that the peer's sessions run, for the agent's end; each is abandoned."""
+    def abandon(self) -> None:
+        """Leave every session, for the agent's end: a command that is being started is ended as it starts."""
         with self._lock:
             sessions = list(self._sessions.values())
-        return [child for session in sessions if (child := session.leave()) is not None]
+        for session in sessions:
+            session.leave()
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -3856,8 +3958,11 @@ class Server:
 
     def _serve_peer(self, connection: ServerConnection) -> None:
         assert isinstance(connection, ServerWebSocket)
-        where = connection.socket.getpeername() if connection.socket.family != socket.AF_UNIX else ""
-        name = str(Address(*where[:2])) if where else "unix socket"
+        try:
+            where = connection.socket.getpeername() if connection.socket.family != socket.AF_UNIX else ""
+            name = str(Address(*where[:2])) if where else "unix socket"
+        except OSError:  # it has left already; what it sent before counts all the same
+            name = "a peer that has left"
         connection.start_writer(self._runtime.pool)
         self._heartbeat.add(connection)
         try:
@@ -4076,8 +4181,8 @@ EXIT_FAILURE, EXIT_USAGE = 1, 2
 MAIN_ENDED, BACKEND_GIVEN_UP = -1, -2
 CLOSE_LINGER = 1.0  # seconds between the last message and the close of a connection
 LINGER = 2.0  # seconds for clients to be told the last output and the exit code
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-FORWARDED_SIGNALS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+# Without a main process to pass them on to, these end the agent.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Agent:
@@ -4085,7 +4190,8 @@ class Agent:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._runtime = Runtime(config, ThreadPool(), Reaper(), TerminalPump())
+        self._stop_signals = (signal.SIGTERM, config.stop_signal)
+        self._runtime = Runtime(config, ThreadPool(), Reaper(config.init != "off"), TerminalPump())
         self._registry = SessionRegistry(config.max_total_sessions)
         self._main = MainProcess(self._runtime) if config.keep_alive else None
         self._health = HealthChecker(self._runtime) if config.health_cmd else None
@@ -4097,6 +4203,12 @@ class Agent:
     def run(self) -> int:
         """Run until a signal, or the main process's end, ends it; returns the exit code."""
         self._receive_signals()
+        if (self._config.subreaper or self._config.init == "on") and os.getpid() != 1:
+            try:
+                become_subreaper()
+            except OSError as exc:
+                log.error("cannot become a subreaper: %s", exc.strerror)
+                return EXIT_FAILURE
         self._runtime.reaper.start()
         front: Server | ReverseDialer
         try:
@@ -4131,12 +4243,11 @@ class Agent:
         the kernel may give the signal to any thread (signal(7)), which wakes no
         other. Blocked in every thread, it stays pending until sigwait(3) has it.
         """
-        numbers = (*STOP_SIGNALS, *FORWARDED_SIGNALS)
-        signal.pthread_sigmask(signal.SIG_SETMASK, numbers)
+        signal.pthread_sigmask(signal.SIG_SETMASK, PASSED_SIGNALS | TERMINAL_STOPS)
 
         def receive() -> None:
             while True:
-                self._events.put(signal.sigwait(numbers))
+                self._events.put(signal.sigwait(PASSED_SIGNALS))
 
         threading.Thread(target=receive, name="signals", daemon=True).start()
 
@@ -4159,14 +4270,17 @@ class Agent:
             event = self._next_event()
             if event == self._config.lifetime_signal:
                 self._registry.expire()
-            if event in STOP_SIGNALS:
+            if event in self._stop_signals:
                 log.info("%s: stopping", signal.Signals(event).name)
                 return event
             if event == BACKEND_GIVEN_UP or (event == MAIN_ENDED and ends_with_main):
                 return event
-            if event > 0 and self._main is not None:
+            if event > 0 and self._main is not None and not self._main.exited.is_set():
                 self._signal_main(event)
-            elif event in (signal.SIGHUP, signal.SIGQUIT):
+                # Ctrl-C: a main process that handles it goes on; else both have been told to end.
+                ends_with_main |= event == signal.SIGINT
+            elif event in ENDING_SIGNALS:
+                log.info("%s: stopping", signal.Signals(event).name)
                 return event
 
     def _next_event(self) -> int:
@@ -4182,17 +4296,17 @@ class Agent:
     def _signal_main(self, number: int) -> None:
         assert self._main is not None
         try:
-            self._main.send_signal(number)
+            self._main.send_signal(number, alone=not self._config.signal_group)
         except PermissionError:
             log.error("cannot signal the main process: it belongs to another user")
 
     def _stop_main(self, number: int) -> None:
-        """End the main process: the signal, the stop timeout or a second stop signal, SIGKILL."""
+        """End the main process: the stop signal, the stop timeout or being told again, SIGKILL."""
         main = self._main
         if main is None:
             return
         if not main.exited.is_set() and number > 0:
-            self._signal_main(number)
+            self._signal_main(self._config.stop_signal)
             deadline = time.monotonic() + self._config.stop_timeout
             while not main.exited.is_set():
                 try:
@@ -4200,7 +4314,7 @@ class Agent:
                 except queue.Empty:
                     log.warning("the main process did not end within %g s: SIGKILL", self._config.stop_timeout)
                     break
-                if again in STOP_SIGNALS:
+                if again in self._stop_signals or again == signal.SIGINT:
                     log.warning("stopped a second time: SIGKILL")
                     break
                 if again > 0:
@@ -4225,10 +4339,12 @@ class Agent:
         deadline = time.monotonic() + CLOSE_LINGER
         for peer in peers:
             peer.linger(max(deadline - time.monotonic(), 0))
-        children = [child for peer in peers for child in peer.children()]
-        end_processes(children, self._config.kill_timeout)
         if self._main is not None:
             self._main.end(0)
+        for peer in peers:
+            peer.abandon()
+        # Daemons whose command or connection has ended before, too.
+        end_processes(None, self._config.kill_timeout)
         closing = [threading.Thread(target=peer.close, args=(CloseCode.GOING_AWAY, "agent ends")) for peer in peers]
         for thread in closing:
             thread.daemon = True
@@ -4240,8 +4356,10 @@ class Agent:
         self._runtime.endings.wait(self._config.kill_timeout + LINGER)
         if self._copier is not None:
             self._copier.finished.wait(LINGER)
+        end_processes(None, 0)  # what was being started meanwhile
         code = self._main.code if self._main is not None else 0
         assert code is not None
+        code = self._config.exit_codes.get(code, code)
         log.info("agent ends: exit code %d", code)
         return code
 

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -27,6 +28,12 @@ SAMPLES = {
     "tty": ("true", True, "T", ["2", "tru"]),
     "copy-output": ("false", False, "0", ["no", "off"]),
     "exit-with-main": ("true", True, "True", ["-1", "x"]),
+    "init": ("on", "on", "off", ["yes", "true"]),
+    "subreaper": ("true", True, "1", ["yes"]),
+    "signal-group": ("true", True, "1", ["-g"]),
+    "exit-codes": ("143:0, 130:1,7", {143: 0, 130: 1, 7: 0}, "1:2",
+                   ["x", "1:", ":1", "256:0", "1:256", "1:2:3", "-1"]),
+    "stop-signal": ("QUIT", signal.SIGQUIT, "RTMIN+3", ["KILL", "CHLD", "0", "TREM"]),
     "stop-timeout": ("1m30s", 90.0, "5s", ["10", "s", "-1s", "ten"]),
     "drain-timeout": ("500ms", 0.5, "5s", ["1d"]),
     "kill-timeout": ("0", 0.0, "5s", ["1 s"]),
@@ -77,6 +84,12 @@ def main_flags(name):
 
 def test_every_option_has_a_sample_here():
     assert set(SAMPLES) == set(OPTIONS)
+
+
+def test_every_option_is_in_the_readme():
+    readme = (Path(agent.__file__).parent / "README.md").read_text()
+    table = re.findall(r"^\| `--([a-z-]+)(?: [A-Z]+)?` \| ", readme, re.MULTILINE)
+    assert table == [option.name for option in agent.OPTIONS] + ["version", "help"]
 
 
 # ── spelling and precedence ───────────────────────────────────────────────────
