@@ -27,6 +27,7 @@ from websockets.sync.client import connect
 AGENT = Path(__file__).resolve().parents[1] / "agent.py"
 TOKEN = "correct-horse-battery"
 DEADLINE = 60.0  # seconds; what is waited for comes at once, or something is broken
+AS_PID_1 = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")  # a prefix for an agent
 IN_CI = bool(os.environ.get("CI"))
 
 Event = dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import Agent, RawClient, Session, children_of, eventually, need, need_root
+from support import AS_PID_1, Agent, RawClient, Session, children_of, eventually, need, need_root
 
 CHILDREN = 20_000
 CONNECTIONS = 4
@@ -52,7 +52,7 @@ def test_20000_short_children_with_orphans_leave_nothing_behind(
 ) -> None:
     need("unshare")
     need_root()
-    agent = start_agent(**AS_PID_1)
+    agent = start_agent(prefix=AS_PID_1)
     warm_up = connect(agent)
     assert run_many(warm_up, 50, 0) == []
     assert warm_up.output("sh", "-c", "echo $PPID") == "1\n"
@@ -81,16 +81,13 @@ def test_20000_short_children_with_orphans_leave_nothing_behind(
     assert agent.stop() == 0
 
 
-AS_PID_1 = {"prefix": ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")}
-
-
 @pytest.mark.root
 def test_pid_1_reaps_orphans_that_it_never_started(
     start_agent: Callable[..., Agent], connect: Callable[..., RawClient]
 ) -> None:
     need("unshare", "setsid")
     need_root()
-    agent = start_agent(**AS_PID_1)
+    agent = start_agent(prefix=AS_PID_1)
     client = connect(agent)
     client.output("sh", "-c", "for i in 1 2 3 4 5; do setsid -f sleep 0.05 >/dev/null 2>&1; done")
     eventually(lambda: not children_of(agent.pid), "the end of all orphans")
@@ -101,7 +98,7 @@ def test_pid_1_ends_on_sigterm_with_the_main_processs_code(start_agent: Callable
     need("unshare")
     need_root()
     script = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.02; done"
-    agent = start_agent("--keep-alive", "--", "sh", "-c", script, **AS_PID_1)
+    agent = start_agent("--keep-alive", "--", "sh", "-c", script, prefix=AS_PID_1)
     agent.wait_for_output(b"ready\n")
     (main,) = children_of(agent.pid)
     status = Path(f"/proc/{main}/status").read_text()
