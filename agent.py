@@ -585,6 +585,7 @@ class Config:
     """Everything that flags and environment decide. Times in seconds, sizes in bytes."""
 
     addr: Address = Address(port=9111)
+    probe: bool = False
     keep_alive: bool = False
     command: tuple[str, ...] = ()
     callback: Callback = Callback()
@@ -795,6 +796,7 @@ class Option:
 
 OPTIONS = (
     Option("addr", parse_address, "ADDR", "listen on ADDR: :9111, host:port, [::1]:port, unix:/path; port 0 picks one"),
+    Option("probe", _parse_boolean, "", "ask the agent at ADDR for its health; exit code 0 if that is good, else 1"),
     Option("callback", parse_callback, "URL",
            "reverse mode: dial this URL (http, https, ws, wss) instead of listening; also SOCKERLESS_CALLBACK_URL"),
     Option("callback-retries", _parse_whole_number, "N",
@@ -921,6 +923,10 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     if "callback" in values:
         values["callback"] = values["callback"].with_session_id(environ.get("SOCKERLESS_CONTAINER_ID", ""))
     config = Config(**values, command=tuple(command))
+    if config.probe:
+        if not config.addr.path and not config.addr.port:
+            raise ConfigError("flag --probe: --addr has no port to ask at")
+        return config
     if command and not config.keep_alive:
         raise ConfigError(f"a command ({command[0]!r}) needs --keep-alive in front of it")
     if config.keep_alive and not config.command:
@@ -4364,6 +4370,35 @@ class Agent:
         return code
 
 
+PROBE_TIMEOUT = 10.0  # seconds
+
+
+def probe(address: Address) -> str:
+    """Ask an agent for its health, as a HEALTHCHECK in an image that has no curl; returns what is wrong, or nothing."""
+    import http.client  # only here: an agent that serves has no use for it
+
+    connection = http.client.HTTPConnection(address.host or "127.0.0.1", address.port, timeout=PROBE_TIMEOUT)
+    try:
+        if address.path:
+            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.sock.settimeout(PROBE_TIMEOUT)
+            connection.sock.connect(address.path)
+        connection.request("GET", "/health", headers={"Host": "localhost"})
+        response = connection.getresponse()
+        state = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as exc:
+        return f"no answer from {address}: {getattr(exc, 'strerror', None) or exc}"
+    finally:
+        connection.close()
+    if response.status != 200 or not isinstance(state, dict) or state.get("status") != "ok":
+        return f"{address} is no healthy agent: HTTP status {response.status}"
+    if state.get("exited"):
+        return f"the main process has ended: exit code {state.get('exitCode')}"
+    if state.get("health", {}).get("status") == "unhealthy":
+        return f"the health check has failed {state['health'].get('failingStreak')} times"
+    return ""
+
+
 def ensure_standard_descriptors() -> None:
     """Open /dev/null in place of a closed stdin, stdout or stderr.
 
@@ -4386,6 +4421,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except ConfigError as exc:
         print(f"sockerless-agent: {exc}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    if config.probe:
+        fault = probe(config.addr)
+        if fault:
+            print(fault)
+        sys.exit(EXIT_FAILURE if fault else 0)
     set_up_logging(config)
     hide_secrets([config.token, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
     try:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import re
+import signal
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support import Agent, RawClient, children_of, eventually, wait_gone
+from support import DEADLINE, Agent, RawClient, children_of, eventually, run_agent, wait_gone
 
 StartAgent = Callable[..., Agent]
 
@@ -170,3 +174,54 @@ def test_the_agent_ends_in_the_middle_of_a_check(start_agent: StartAgent, tmp_pa
     pid = int(eventually(lambda: pid_file.exists() and pid_file.read_text(), "the check's start"))
     assert agent.stop() == 0
     wait_gone(pid)
+
+
+def probe(address: str) -> tuple[int, str]:
+    done = run_agent("--probe", "--addr", address)
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def test_the_probe_asks_for_it(start_agent: Callable[..., Agent], tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    good.touch()
+    agent = start_agent(
+        "--health-cmd", f"test -e {good}", "--health-interval", "50ms", "--health-retries", "1",
+        "--keep-alive", "--", "sh", "-c", "trap 'exit 6' USR1; echo up; while :; do sleep 0.02; done"
+    )  # fmt: skip
+    agent.wait_for_output(b"up")
+    assert probe(agent.address) == (0, "")
+    good.unlink()
+    eventually(lambda: agent.health()["health"]["status"] == "unhealthy", "the verdict")
+    code, words = probe(agent.address)
+    assert code == 1
+    assert re.fullmatch(r"the health check has failed \d+ times\n", words)
+    agent.signal(signal.SIGUSR1)
+    eventually(lambda: agent.health()["exited"], "the main process's end")
+    assert probe(agent.address) == (1, "the main process has ended: exit code 6\n")
+    agent.stop()
+    code, words = probe(agent.address)
+    assert (code, words) == (1, f"no answer from {agent.address}: Connection refused\n")
+
+
+def test_the_probe_asks_at_a_unix_socket(start_agent: Callable[..., Agent], tmp_path: Path) -> None:
+    start_agent("--addr", f"unix:{tmp_path}/socket")
+    assert probe(f"unix:{tmp_path}/socket") == (0, "")
+    assert probe(f"unix:{tmp_path}/none") == (1, f"no answer from unix:{tmp_path}/none: No such file or directory\n")
+
+
+def test_the_probe_knows_what_is_no_agent() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(65536)
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        assert probe(address) == (1, f"{address} is no healthy agent: HTTP status 200\n")
+        thread.join(DEADLINE)
+    assert run_agent("--probe", "--addr", "127.0.0.1:0").returncode == 2

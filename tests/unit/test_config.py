@@ -19,6 +19,7 @@ SAMPLES = {
     "addr": ("127.0.0.1:80", Address("127.0.0.1", 80), ":1", ["9111", "host", "host:port", "host:65536", "unix:"]),
     "callback": ("http://h/p?id=1", Callback("ws://h/p?id=1", "http://h/p?id=1"), "wss://h",
                  ["h/p", "ftp://h", "http://", "http://h/#x", "http://h:port"]),
+    "probe": ("true", True, "1", ["yes"]),
     "callback-retries": ("0", 0, "3", ["-1", "x", "1.5"]),
     "callback-ca": (__file__, __file__, "/dev/null", ["/nonexistent/ca.pem"]),
     "lifetime": ("15m", 900.0, "1s", ["0", "15", "-1s"]),
