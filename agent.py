@@ -62,6 +62,7 @@ import fcntl
 import heapq
 import hmac
 import http
+import ipaddress
 import itertools
 import json
 import logging
@@ -89,7 +90,7 @@ if __name__ == "__main__":
     # `docker diff` shows what changed since PID 1 started: leave no __pycache__.
     sys.dont_write_bytecode = True
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 from websockets.frames import CloseCode, Opcode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
@@ -204,6 +205,16 @@ class Signal:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class End:
+    """End a session as the end of its connection would: its whole process tree, or an attachment.
+
+    An addition to version 1: a Go agent answers it with an error.
+    """
+
+    id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Resize:
     """The terminal's new size, in columns and rows."""
 
@@ -250,7 +261,7 @@ class LifetimeExpired:
     """The platform is about to end this agent."""
 
 
-Request = Exec | Attach | Stdin | CloseStdin | Signal | Resize
+Request = Exec | Attach | Stdin | CloseStdin | Signal | Resize | End
 Event = Output | Exit | Error | LifetimeExpired
 _T = TypeVar("_T")
 
@@ -377,6 +388,7 @@ _REQUESTS: dict[str, Callable[[_Fields], Request]] = {
     "attach": lambda fields: Attach(fields.session_id()),
     "stdin": lambda fields: Stdin(fields.session_id(), fields.data()),
     "close_stdin": lambda fields: CloseStdin(fields.session_id()),
+    "end": lambda fields: End(fields.session_id()),
     "signal": _decode_signal,
     "resize": _decode_resize,
 }
@@ -418,6 +430,7 @@ _TYPE_NAMES: dict[type, str] = {
     Exec: "exec",
     Attach: "attach",
     CloseStdin: "close_stdin",
+    End: "end",
     Signal: "signal",
     Resize: "resize",
     Exit: "exit",
@@ -983,10 +996,67 @@ class LogFormatter(logging.Formatter):
         return f"{when} {level:5} {text}{fields}"
 
 
+LOG_BACKLOG = 4096  # records that may wait for stderr to take them
+
+
+class LogHandler(logging.Handler):
+    """Writes records to stderr from a thread of its own: whoever logs never waits for a reader that stands still.
+
+    Beyond LOG_BACKLOG records are dropped, and counted in the log once it is read again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stream = sys.stderr
+        self._changed = threading.Condition()  # guards the attributes below
+        self._records: collections.deque[logging.LogRecord] = collections.deque()
+        self._dropped = 0
+        self._writing = False
+        self._started = False
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Queue a record. Does without the lock of the base class, which is held while it writes."""
+        with self._changed:
+            if len(self._records) >= LOG_BACKLOG:
+                self._dropped += 1
+                return False
+            self._records.append(record)
+            if not self._started:
+                threading.Thread(target=self._run, name="log", daemon=True).start()
+                self._started = True
+            self._changed.notify_all()
+        return True
+
+    def flush(self, timeout: float = 1.0) -> None:
+        """Wait until everything is written, ``timeout`` seconds at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._records and not self._writing, timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._records)
+                records, dropped = list(self._records), self._dropped
+                self._records.clear()
+                self._dropped = 0
+                self._writing = True
+            try:
+                lines = [self.format(record) for record in records]
+                if dropped:
+                    words = (f"{dropped} lines are missing here: stderr was not read", (), None)
+                    lines.append(self.format(logging.LogRecord(log.name, logging.WARNING, "", 0, *words)))
+                self._stream.write("".join(line + "\n" for line in lines))
+                self._stream.flush()
+            except (OSError, ValueError, RuntimeError):  # closed, or broken: there is nobody to tell
+                continue
+
+
 def set_up_logging(config: Config) -> None:
     """Send log lines to stderr. A log that cannot be written never stops the agent."""
     logging.raiseExceptions = False
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     hidden = (config.token, urllib.parse.quote(config.token, safe=""), *config.callback.secrets())
     handler.setFormatter(LogFormatter(config.log_format, hidden))
     level = {"warn": "warning"}.get(config.log_level, config.log_level).upper()
@@ -2224,6 +2294,7 @@ class Channel:
         self._size = 0  # bytes in _entries
         self._room = threading.Condition(outbox._lock)
         self._on_room: Callable[[], None] | None = None
+        self._on_sent: Callable[[], None] | None = None
         self._resting = False  # in the outbox's _resting instead of _ready
         self._budget = float(PACED_BURST)  # small frames that may go out at once
         self._budget_of = 0.0  # when that was reckoned, on the monotonic clock
@@ -2262,15 +2333,34 @@ class Channel:
         """Queue output; dropped if the connection is closed."""
         self._append(stream, data)
 
-    def send(self, message: Request | Event) -> None:
-        """Queue a message behind what the session has queued so far."""
-        self._append(None, encode(message))
+    def send(self, message: Request | Event, on_sent: Callable[[], None] | None = None) -> None:
+        """Queue a message behind what the session has queued so far.
 
-    def _append(self, stream: Stream | None, data: bytes) -> None:
+        Args:
+            on_sent: for the last message: called when it is on its way, or never will be.
+        """
+        if not self._append(None, encode(message), on_sent) and on_sent is not None:
+            on_sent()
+
+    def discard(self) -> None:
+        """Drop what waits: its session has ended."""
+        with self._outbox._lock:
+            self._entries.clear()
+            self._size = 0
+            if self._resting:
+                self._resting = False
+            else:
+                with contextlib.suppress(ValueError):
+                    self._outbox._ready.remove(self)
+            self._room.notify_all()
+
+    def _append(self, stream: Stream | None, data: bytes, on_sent: Callable[[], None] | None = None) -> bool:
+        """Queue a message; False if the connection is closed."""
         outbox = self._outbox
         with outbox._lock:
             if outbox._closed:
-                return
+                return False
+            self._on_sent = on_sent
             idle = not self._entries
             self._entries.append((stream, data))
             self._size += len(data)
@@ -2279,15 +2369,16 @@ class Channel:
                 pause = self._pause() if outbox.paced and not urgent else 0.0
                 if pause > 0:
                     outbox._rest_until(time.monotonic() + pause, self)
-                    return
+                    return True
                 outbox._ready.append(self)
             elif self._resting:
                 if not urgent:
-                    return
+                    return True
                 self._end_rest()
             batch = outbox._take_if_small()
         if batch is not None:
-            outbox.send_at_once(batch)
+            outbox.send_at_once(*batch)
+        return True
 
     def _pause(self) -> float:
         """Seconds until the next small frame may go out. Holds the outbox's lock."""
@@ -2301,13 +2392,22 @@ class Channel:
         stream, data = self._entries.popleft()
         chunks, size = [data], len(data)
         if stream is not None:
-            while self._entries and self._entries[0][0] is stream and size + len(self._entries[0][1]) <= FRAME_LIMIT:
+            passed: list[tuple[Stream | None, bytes]] = []
+            while self._entries and size + len(self._entries[0][1]) <= FRAME_LIMIT:
+                if self._entries[0][0] is not stream:
+                    # Only within a stream is the order promised. Where frames are
+                    # few, what alternates is put together across the other's bytes.
+                    if not self._outbox.paced or self._entries[0][0] is None:
+                        break
+                    passed.append(self._entries.popleft())
+                    continue
                 data = self._entries.popleft()[1]
                 chunks.append(data)
                 size += len(data)
+            self._entries.extendleft(reversed(passed))
         self._size -= size
         if size < BATCH_SIZE:
-            self._budget -= 1
+            self._budget = max(self._budget - 1, -1.0)
         self._room.notify_all()
         return _Turn(chunks, size, self._prefixes[stream] if stream is not None else None)
 
@@ -2400,7 +2500,7 @@ class Outbox:
             self._frames_size += len(frame)
             batch = self._take_if_small()
         if batch is not None:
-            self.send_at_once(batch)
+            self.send_at_once(*batch)
 
     def wait_for_calm(self, limit: int) -> None:
         """Block while more than ``limit`` bytes of messages without a session wait."""
@@ -2426,7 +2526,9 @@ class Outbox:
             channel._room.notify_all()
         self._ready.clear()
         self._idle.notify_all()
-        return [channel._on_room for channel in waiting if channel._on_room is not None]
+        return [
+            callback for channel in waiting for callback in (channel._on_room, channel._on_sent) if callback is not None
+        ]
 
     def end(self) -> None:
         """The socket is closed: drop everything, let everybody go."""
@@ -2449,7 +2551,7 @@ class Outbox:
         with self._lock:
             self._send_now = send_now
 
-    def _take_if_small(self) -> list[bytes | _Turn] | None:
+    def _take_if_small(self) -> tuple[list[bytes | _Turn], list[Callable[[], None]]] | None:
         """Take the role and all the work if both are to be had and that is little; else wake the writer.
 
         Holds the lock. The caller lets go of it and calls send_at_once().
@@ -2465,11 +2567,13 @@ class Outbox:
             self._work.notify()
             return None
         self._sending = True
-        return self._take_batch()[0]
+        return self._take_batch()
 
-    def send_at_once(self, batch: list[bytes | _Turn]) -> None:
+    def send_at_once(self, batch: list[bytes | _Turn], callbacks: list[Callable[[], None]]) -> None:
         """Send a batch without waiting and give the role back; what the socket does not accept is the writer's."""
         assert self._send_now is not None
+        for callback in callbacks:
+            callback()
         rest = self._send_now(batch)
         with self._lock:
             self._sending = False
@@ -2480,7 +2584,7 @@ class Outbox:
                 self._idle.notify_all()
 
     def _take_batch(self) -> tuple[list[bytes | _Turn], list[Callable[[], None]]]:
-        """The next batch, and the callbacks of channels that have room again. Holds the lock."""
+        """The next batch, and the callbacks of channels that have room again, or have ended. Holds the lock."""
         batch: list[bytes | _Turn] = list(self._frames)
         size = self._frames_size
         self._frames.clear()
@@ -2493,6 +2597,9 @@ class Outbox:
             size += turn.size
             if channel._entries:
                 self._ready.append(channel)
+            elif channel._on_sent is not None:
+                callbacks.append(channel._on_sent)
+                channel._on_sent = None
             if channel._on_room is not None:
                 callbacks.append(channel._on_room)
                 channel._on_room = None
@@ -2831,6 +2938,9 @@ class Session(Protocol):
 
     def resize(self, width: int, height: int) -> None: ...
 
+    def end(self) -> None:
+        """End what the session runs, with all its descendants, or detach from the main process; does not wait."""
+
     def leave(self) -> Child | None:
         """The connection is gone; the child, if any, whose processes are to be ended with it."""
 
@@ -2842,6 +2952,7 @@ class ExecSession:
         self.id = request.id
         self._request = request
         self._host = host
+        self._runtime = runtime
         self._channel = host.open_channel(request.id)
         self._process = Process(runtime, self._channel, self._finished, tty=request.tty)
 
@@ -2854,8 +2965,7 @@ class ExecSession:
             command = make_command(request.cmd, request.env, request.workdir, defaults)
             self._process.start(command)
         except SpawnError as exc:
-            self._host.forget(self)
-            self._channel.send(Error(self.id, str(exc), exc.reason))
+            self._channel.send(Error(self.id, str(exc), exc.reason), lambda: self._host.forget(self))
             log.info("exec failed: %s", exc, extra={"session": self.id})
             return
         log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0], extra={"session": self.id})
@@ -2863,8 +2973,8 @@ class ExecSession:
 
     def _finished(self, code: int) -> None:
         log.info("exec ended: exit code %d", code, extra={"session": self.id})
-        self._host.forget(self)
-        self._channel.send(Exit(self.id, code))
+        # The id is free once its exit is on its way: another session's output must not come before it.
+        self._channel.send(Exit(self.id, code), lambda: self._host.forget(self))
 
     def write(self, data: bytes) -> None:
         self._channel.refill()
@@ -2886,6 +2996,11 @@ class ExecSession:
 
     def resize(self, width: int, height: int) -> None:
         self._process.resize(width, height)
+
+    def end(self) -> None:
+        child = self._process.abandon()
+        if child is not None:
+            self._runtime.end_later([child])
 
     def leave(self) -> Child | None:
         return self._process.abandon()
@@ -3015,6 +3130,7 @@ class AttachSession:
         self._main = main
         self._channel = host.open_channel(request.id)
         self._cursor = main.log.follow()
+        self._left = False  # written before the cursor is closed
 
     def run(self) -> None:
         """Copy the log to the client until it ends or the client leaves, in a pool thread."""
@@ -3025,10 +3141,11 @@ class AttachSession:
             for stream, data in part.chunks:
                 self._channel.put(stream, data)
         self._cursor.close()
-        self._host.forget(self)
         code = self._main.code
-        if code is not None:  # else the client has left, and the main process goes on
-            self._channel.send(Exit(self.id, code))
+        if code is not None and not self._left:
+            self._channel.send(Exit(self.id, code), lambda: self._host.forget(self))
+        else:  # the client has left, and the main process goes on
+            self._host.forget(self)
         log.info("attach ended", extra={"session": self.id})
 
     def _report_loss(self, lost: int) -> None:
@@ -3052,7 +3169,11 @@ class AttachSession:
     def resize(self, width: int, height: int) -> None:
         self._main.resize(width, height)
 
+    def end(self) -> None:
+        self.leave()
+
     def leave(self) -> Child | None:
+        self._left = True
         self._cursor.close()
         return None
 
@@ -3306,8 +3427,16 @@ class TLSStream:
         poller.register(self._sock, event)
         poller.poll()
 
+    def shutdown(self, how: int) -> None:
+        """shutdown(2). SSLSocket's own would go on in plain text, which the other thread might be sending."""
+        socket.socket.shutdown(self._sock, how)
+
+    def close(self) -> None:
+        with self._lock:
+            self._sock.close()
+
     def __getattr__(self, name: str) -> Any:
-        # fileno, shutdown, close, getsockopt, getpeername, family ...: system calls on the descriptor.
+        # fileno, getsockopt, getpeername, family ...: system calls on the descriptor.
         return getattr(self._sock, name)
 
     def settimeout(self, timeout: float | None) -> None:
@@ -3394,8 +3523,8 @@ class QueuedConnection(WebSocket):
         silence = time.monotonic() - self.last_received
         try:
             info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
-        except OSError:  # not TCP, or closed
-            return silence
+        except OSError:  # not TCP: its kernel cannot vanish alone
+            return self.stuck_for()
         # tcpi_last_ack_recv of struct tcp_info (<linux/tcp.h>), in milliseconds:
         # a peer whose program is stuck still acknowledges, one that is cut off does not.
         (last_ack_received,) = struct.unpack_from("I", info, 56)
@@ -3477,7 +3606,7 @@ class Heartbeat:
     """
 
     def __init__(self, interval: float, timeout: float, strict: bool = False) -> None:
-        self._interval = interval
+        self._interval = min(interval, timeout / 3)  # silence counts only after unanswered pings
         self._timeout = timeout
         self._strict = strict
         self._lock = threading.Lock()  # guards the attributes below
@@ -3498,7 +3627,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while True:
-            time.sleep(min(self._interval, self._timeout) / 4)
+            time.sleep(self._interval / 4)
             now = time.monotonic()
             with self._lock:
                 due = [connection for connection, when in self._connections.items() if when <= now]
@@ -3694,9 +3823,12 @@ class Peer:
         # Only for a peer that floods us with nonsense and does not read the answers.
         self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)
 
-    def _forward(self, request: Stdin | CloseStdin | Signal | Resize, session: Session) -> None:
+    def _forward(self, request: Stdin | CloseStdin | Signal | Resize | End, session: Session) -> None:
         if isinstance(request, Stdin):
             session.write(request.data)
+            self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)  # if it was refused, as in _refuse()
+        elif isinstance(request, End):
+            session.end()
         elif isinstance(request, CloseStdin):
             session.end_input()
         elif isinstance(request, Resize):
@@ -3912,6 +4044,26 @@ def bearer_token(request: HTTPRequest) -> bytes:
     return given.encode("utf-8", "surrogateescape")
 
 
+def is_foreign_page(request: HTTPRequest) -> bool:
+    """Whether a browser's page of another host asks (RFC 6454): it must not reach what needs no token.
+
+    The page must come from the host that it asks, and that must be an address
+    or localhost: the owner of any other name can let it point here (DNS rebinding).
+    """
+    origins = request.headers.get_all("Origin")
+    hosts = request.headers.get_all("Host")
+    if not origins:
+        return False
+    if [urllib.parse.urlsplit(origin).netloc for origin in origins] != hosts:
+        return True
+    name = urllib.parse.urlsplit(f"//{hosts[0]}").hostname or ""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name != "localhost"
+    return False
+
+
 class Server:
     """Accepts WebSocket clients and answers ``GET /health``."""
 
@@ -3997,7 +4149,7 @@ class Server:
             response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
-        if not token and self._is_foreign_page(request):
+        if not token and is_foreign_page(request):
             log.warning("client refused: a web page of another host")
             return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
         return None
@@ -4013,13 +4165,6 @@ class Server:
         if self._health is not None:
             state["health"] = self._health.describe()
         return state
-
-    @staticmethod
-    def _is_foreign_page(request: HTTPRequest) -> bool:
-        """Whether a browser's page of another host asks (RFC 6454): it must not reach an agent on localhost."""
-        origins = request.headers.get_all("Origin")
-        hosts = request.headers.get_all("Host")
-        return bool(origins) and [urllib.parse.urlsplit(origin).netloc for origin in origins] != hosts
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -4075,6 +4220,14 @@ class ReverseDialer:
         self._settled.wait(LINGER)
 
     def _run(self) -> None:
+        try:
+            self._keep_connected()
+        except Exception:
+            log.exception("reverse mode: unexpected error; giving up")
+            self._settled.set()
+            self._on_give_up()
+
+    def _keep_connected(self) -> None:
         while True:
             self._settled.clear()
             if self._closing.is_set():  # in this order: either close() waits, or this sees it
@@ -4082,7 +4235,8 @@ class ReverseDialer:
                 return
             try:
                 connection = self._dial()
-            except (OSError, EOFError, InvalidHandshake, ValueError) as exc:
+            # RuntimeError: no thread left; ImportError: a SOCKS proxy, which needs a package that is not here.
+            except (OSError, EOFError, WebSocketException, ValueError, RuntimeError, ImportError) as exc:
                 self._settled.set()
                 if not self._wait_after(self._explain(exc)):
                     return

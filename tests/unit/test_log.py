@@ -3,14 +3,16 @@
 import io
 import json
 import logging
+import os
 import re
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import PATIENCE
 
-from agent import Config, LogFormatter, parse_callback, set_up_logging
+from agent import LOG_BACKLOG, Config, LogFormatter, LogHandler, parse_callback, set_up_logging
 
 styles = pytest.mark.parametrize("style", ["text", "json"])
 
@@ -28,7 +30,12 @@ def read_log(monkeypatch, capsys):
     logger = logging.getLogger("sockerless")
     websockets = logging.getLogger("sockerless.websockets")
     before = (logger.handlers[:], logger.level, logger.propagate, websockets.level)
-    yield lambda: capsys.readouterr().err
+
+    def read():
+        logger.handlers[0].flush(PATIENCE)
+        return capsys.readouterr().err
+
+    yield read
     logger.handlers[:], logger.level, logger.propagate, websockets.level = before
 
 
@@ -168,3 +175,27 @@ def test_a_log_that_cannot_be_written_stops_nothing(read_log, monkeypatch):
     monkeypatch.setattr(sys, "stderr", closed)
     set_up_logging(Config())
     logging.getLogger("sockerless.agent").error("nobody reads this")
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(monkeypatch):
+    """A pipe that is full: whoever logs goes on, and what is missing is counted once it is read again."""
+    read_end, write_end = os.pipe()
+    with open(write_end, "w") as full, open(read_end, "rb") as reader:
+        monkeypatch.setattr(sys, "stderr", full)
+        handler = LogHandler()
+        handler.setFormatter(LogFormatter("text", ()))
+        count = LOG_BACKLOG + 5000
+        for number in range(count):
+            handler.handle(logging.LogRecord("x", logging.INFO, "", 0, "%05d %s", (number, "." * 200), None))
+        handler.handle(logging.LogRecord("x", logging.INFO, "", 0, "the last", (), None))
+        lines = []
+        missing = 0
+        while True:
+            lines.append(reader.readline().decode())
+            found = re.search(r"(\d+) lines are missing here", lines[-1])
+            if found:
+                missing += int(found[1])
+                break
+        seen = [int(line.split()[2]) for line in lines if re.search(r" \d{5} \.", line)]
+        assert seen == list(range(len(seen)))
+        assert len(seen) + missing == count + 1
