@@ -71,6 +71,7 @@ import os
 import queue
 import random
 import re
+import resource
 import secrets
 import select
 import selectors
@@ -317,6 +318,9 @@ class _Fields:
         self.text("id")  # refuses another type, by name
         if not self.id:
             raise self.error("field 'id' is missing, empty or not valid Unicode")
+        if len(self.id) > ID_LIMIT:
+            length, self.id = len(self.id), ""
+            raise self.error(f"field 'id' has {length} characters, and {ID_LIMIT} is the limit")
         return self.id
 
     def data(self) -> bytes:
@@ -497,6 +501,7 @@ def make_frame(opcode: int, payload: Sequence[BytesLike], masked: bool) -> list[
     return [frame_header(opcode, len(data), key), data]
 
 
+ID_LIMIT = 4096  # characters in a session id
 _REALTIME = re.compile(r"SIGRT(MIN|MAX)([+-]\d{1,2})?")
 
 
@@ -628,7 +633,7 @@ class Config:
     health_timeout: float = 30.0
     health_retries: int = 3
     health_start_period: float = 0.0
-    max_message_size: int = 64 << 20
+    max_message_size: int = 16 << 20
     max_sessions: int = 1024
     max_total_sessions: int = 4096
     stdin_limit: int = 256 << 20
@@ -850,7 +855,7 @@ OPTIONS = (
     Option("health-timeout", _parse_positive_duration, "DURATION", "how long a check may take (default: 30s)"),
     Option("health-retries", _parse_count, "N", "failures in a row that mean unhealthy (default: 3)"),
     Option("health-start-period", parse_duration, "DURATION", "failures in this time do not count (default: 0s)"),
-    Option("max-message-size", parse_size, "SIZE", "largest message that is accepted (default: 64MiB)"),
+    Option("max-message-size", parse_size, "SIZE", "largest message that is accepted (default: 16MiB)"),
     Option("max-sessions", _parse_count, "N", "sessions on one connection (default: 1024)"),
     Option("max-total-sessions", _parse_count, "N", "sessions on all connections (default: 4096)"),
     Option("stdin-limit", parse_size, "SIZE", "stdin that may wait for one command to read it (default: 256MiB)"),
@@ -944,6 +949,9 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"a command ({command[0]!r}) needs --keep-alive in front of it")
     if config.keep_alive and not config.command:
         config = dataclasses.replace(config, command=("/bin/sh",))
+    if config.lifetime and config.lifetime <= config.lifetime_margin:
+        raise ConfigError(f"flag --lifetime: {config.lifetime:g} s are not longer than the margin, "
+                          f"--lifetime-margin: {config.lifetime_margin:g} s")  # fmt: skip
     if config.tty and not config.keep_alive:
         raise ConfigError("flag --tty: there is no main process; it needs --keep-alive")
     if config.exit_with_main and not config.keep_alive:
@@ -1069,6 +1077,13 @@ def set_up_logging(config: Config) -> None:
     logging.getLogger("sockerless.websockets").setLevel(logging.WARNING)
 
 
+def log_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """What ends a thread of the library's goes to the log, and not around it."""
+    if failure.exc_value is not None:
+        name = failure.thread.name if failure.thread is not None else "?"
+        log.error("unexpected error in thread %s: %s", name, failure.exc_value)
+
+
 def hide_secrets(hidden: Iterable[str]) -> None:
     """Overwrite secrets in this process's own environment and argument memory.
 
@@ -1122,7 +1137,8 @@ class ReplayLog:
     """A bounded log of one process's stdout and stderr, in the order of their arrival.
 
     Every byte has an offset, counted from 0 over both streams together. The log
-    keeps at least the last ``capacity`` bytes. The writer never waits for a
+    keeps at least the last ``capacity`` bytes, each change of stream counted as
+    CHUNK_COST bytes. The writer never waits for a
     follower that stands still. A follower that moves but cannot keep up is
     waited for a little, as long as the process still gets PACE_RATE: enough for
     every follower that is merely behind on a busy machine, and no more.
@@ -1452,6 +1468,10 @@ def _posix_spawn(command: Command, descriptors: Descriptors) -> int:
         error = _libc.posix_spawn(ctypes.byref(pid), command.path, actions.struct, _spawn_attributes.struct, argv, env)
     if error:
         raise _explain(command, error)
+    if _child_limit is not None:
+        # It has called execve, and its program is being linked: no sooner than it looks, as a rule.
+        with contextlib.suppress(OSError):  # it has ended, or changed to another user
+            resource.prlimit(pid.value, resource.RLIMIT_NOFILE, _child_limit)
     return pid.value
 
 
@@ -1618,6 +1638,20 @@ class Reaper:
                 child._set_status(status)
 
 
+DESCRIPTORS = 65536  # the agent's own soft limit, if the hard one allows it: a session takes four
+_child_limit: tuple[int, int] | None = None  # a child's RLIMIT_NOFILE, if it differs from the agent's
+
+
+def raise_descriptor_limit() -> None:
+    """Raise this process's soft limit of descriptors, but not its children's; before the first of them."""
+    global _child_limit
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        _child_limit = (soft, hard)
+
+
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 
@@ -1633,9 +1667,11 @@ def become_subreaper() -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _ProcessInfo:
+    """A process; equal to what was read of the same process at another time."""
+
     pid: int
-    parent: int
-    session: int
+    parent: int = dataclasses.field(compare=False)
+    session: int = dataclasses.field(compare=False)
     start: int  # in clock ticks after boot: tells a reused PID
 
 
@@ -1644,9 +1680,10 @@ def _read_process(pid: int) -> _ProcessInfo | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
-    except OSError:  # it has gone meanwhile
-        return None
-    if not fields or fields[0] in (b"Z", b"X"):
+        # A leader that has ended while other threads of its process run on is a zombie, too.
+        if fields[0] == b"X" or (fields[0] == b"Z" and len(os.listdir(f"/proc/{pid}/task")) < 2):
+            return None
+    except (FileNotFoundError, ProcessLookupError):  # it has gone meanwhile
         return None
     return _ProcessInfo(pid, int(fields[1]), int(fields[3]), int(fields[19]))
 
@@ -1655,35 +1692,40 @@ def _has_cookie(pid: int, cookies: Iterable[bytes]) -> bool:
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             environment = file.read()
-    except OSError:  # gone, or another user's
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or another user's
         return False
     return any(cookie in environment for cookie in cookies)
 
 
-def find_processes(children: Sequence[Child] | None) -> set[_ProcessInfo]:
+def find_processes(children: Sequence[Child] | None, known: Iterable[_ProcessInfo] = ()) -> set[_ProcessInfo]:
     """Every living process that these children started, in /proc; None for all that this agent ever did.
 
     A process belongs to a child by its session, by an ancestor that belongs to
     it, or by the mark in its environment: a daemon that called setsid(2) twice
-    and lost its parents is found by the mark.
+    and lost its parents is found by the mark. What was ``known`` to belong, does.
     """
     own = os.getpid()
-    if children is None:
-        cookies, leaders = [_agent_mark.encode()], {own}
-    else:
-        cookies = [child.cookie for child in children]
-        leaders = {child.pid for child in children if child.returncode is None}
     processes = [
         process
         for process in map(_read_process, (int(name) for name in os.listdir("/proc") if name.isdigit()))
         if process is not None and process.pid != own
     ]
+    if children is None:
+        cookies, leaders, sessions = [_agent_mark.encode()], {own}, set()
+    else:
+        living = {process.pid for process in processes}
+        cookies = [child.cookie for child in children]
+        leaders = {child.pid for child in children if child.returncode is None}
+        # While a session has members, the number of its leader that ended is no new process's.
+        sessions = leaders | {child.pid for child in children if child.pid not in living}
+    known = frozenset(known)
     found = {
         process
         for process in processes
-        if process.pid in leaders
+        if process in known
+        or process.pid in leaders
         or process.parent in leaders
-        or (children is not None and process.session in leaders)
+        or process.session in sessions
         or _has_cookie(process.pid, cookies)
     }
     pids = {process.pid for process in found}
@@ -1720,6 +1762,16 @@ def _signal_process(process: _ProcessInfo, number: int) -> None:
             os.close(handle)
 
 
+SURE_SCANS = 3
+KILL_LIMIT = 10.0  # seconds after which processes that SIGKILL does not end are given up
+
+
+def signal_processes(children: Sequence[Child], number: int) -> None:
+    """Signal all that these children started, whose leaders have ended."""
+    for process in find_processes(children):
+        _signal_process(process, number)
+
+
 def end_processes(children: Sequence[Child] | None, grace: float) -> None:
     """End all that find_processes() finds: SIGHUP, and after ``grace`` seconds SIGKILL.
 
@@ -1729,7 +1781,16 @@ def end_processes(children: Sequence[Child] | None, grace: float) -> None:
     deadline = time.monotonic() + grace
     hung_up: set[_ProcessInfo] = set()
     pause = 0.01
-    while found := find_processes(children):
+    found: set[_ProcessInfo] = set()
+    empty = 0  # scans in a row that found nothing: one may miss a process that forks and moves on
+    while empty < (SURE_SCANS if hung_up else 1):
+        try:
+            # With what was found before: a parent that has ended no longer shows whose its children are.
+            found = find_processes(children, found)
+        except OSError as exc:  # no descriptor left
+            log.error("cannot look for processes to end, trying again: %s", exc.strerror)
+            found = found or hung_up
+        empty = 0 if found else empty + 1
         killing = time.monotonic() >= deadline
         for process in found:
             if killing:
@@ -1738,10 +1799,10 @@ def end_processes(children: Sequence[Child] | None, grace: float) -> None:
                 _signal_process(process, signal.SIGHUP)
                 _signal_process(process, signal.SIGCONT)
         hung_up |= found
-        if killing and time.monotonic() > deadline + 10:
+        if killing and time.monotonic() > deadline + KILL_LIMIT:
             log.error("cannot end processes %s", sorted(process.pid for process in found))
             return
-        time.sleep(pause)  # processes that are not our children announce no exit
+        time.sleep(pause if found else 0.001)  # processes that are not our children announce no exit
         pause = min(pause * 1.5, 0.2)
 
 
@@ -1766,7 +1827,7 @@ class ThreadPool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards _idle
-        self._idle: list[_PoolThread] = []
+        self._idle: dict[_PoolThread, None] = {}  # a dict, so that thousands that retire at once cost little
 
     def submit(self, job: Callable[..., None], *args: object) -> None:
         """Run ``job`` in a thread.
@@ -1783,7 +1844,7 @@ class ThreadPool:
             RuntimeError: if the system refuses another thread.
         """
         with self._lock:
-            taken = [self._idle.pop() for _ in range(min(count, len(self._idle)))]
+            taken = [self._idle.popitem()[0] for _ in range(min(count, len(self._idle)))]
         try:
             while len(taken) < count:
                 taken.append(_PoolThread(self))
@@ -1799,14 +1860,14 @@ class ThreadPool:
 
     def _park(self, thread: _PoolThread) -> None:
         with self._lock:
-            self._idle.append(thread)
+            self._idle[thread] = None
 
     def _retire(self, thread: _PoolThread) -> bool:
         """Take a thread out of the park for good; False if somebody just reserved it."""
         with self._lock:
             if thread not in self._idle:
                 return False
-            self._idle.remove(thread)
+            del self._idle[thread]
             return True
 
 
@@ -1883,33 +1944,55 @@ class Wakeup:
                 os.close(self.fd)
 
 
-def read_pipe(
-    fd: int, stream: Stream, sink: Sink, exited: Wakeup, drain_timeout: float, on_end: Callable[[], None]
-) -> None:
+class Quiet:
+    """How long none of a session's pipes has had output, once its command has ended.
+
+    Entered by the readers of both pipes; each write is one attribute's.
+    """
+
+    def __init__(self, drain_timeout: float) -> None:
+        self._drain_timeout = min(drain_timeout, 1e6)  # poll(2) takes 24 days at most
+        self._since = 0.0
+
+    def broken(self) -> None:
+        """There is output, or the command has ended just now."""
+        self._since = time.monotonic()
+
+    def left(self) -> float:
+        """Milliseconds until it has been quiet for the drain timeout; 0 or less if it has."""
+        return (self._since + self._drain_timeout - time.monotonic()) * 1000
+
+
+def read_pipe(fd: int, stream: Stream, sink: Sink, exited: Wakeup, quiet: Quiet, on_end: Callable[[], None]) -> None:
     """Move a pipe's bytes into ``sink`` until it ends, then close it and call ``on_end``.
 
-    It ends at end of file; or, once ``exited`` is set, when the pipe has been
-    quiet for ``drain_timeout`` seconds: a background child may hold it for ever.
+    It ends at end of file; or, once ``exited`` is set, when the session has been
+    ``quiet`` for its drain timeout: a background child may hold a pipe for ever.
     Holds ``exited``. Runs in a pool thread of its own.
     """
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     poller.register(exited.fd, select.POLLIN)
-    quiet: float | None = None  # milliseconds
+    draining = False
     size = FIRST_READ
     try:
         while True:
             sink.wait_for_room()
-            events = poller.poll(quiet)
+            events = poller.poll(max(math.ceil(quiet.left()), 0) if draining else None)
             if not events:
-                return
-            if quiet is None and any(ready == exited.fd for ready, _ in events):
+                if quiet.left() <= 0:
+                    return
+                continue
+            if not draining and any(ready == exited.fd for ready, _ in events):
                 poller.unregister(exited.fd)
-                quiet = drain_timeout * 1000
+                draining = True
+                quiet.broken()
                 continue
             data = os.read(fd, size)
             if not data:
                 return
+            if draining:
+                quiet.broken()
             if len(data) == size and size < READ_SIZE:
                 size = READ_SIZE
                 with contextlib.suppress(OSError):  # over the user's quota (pipe(7)): go on with 64 KiB
@@ -1919,6 +2002,9 @@ def read_pipe(
         os.close(fd)
         exited.release()
         on_end()
+
+
+HANGUP_PAUSE = 100.0  # milliseconds until a terminal that nobody has open is tried again
 
 
 class InputOverflow(AgentError):
@@ -1943,7 +2029,7 @@ class Input:
         self._fd = -1  # -1 before open() and once closed
         self._exited: Wakeup | None = None
         self._terminal = False
-        self._line_open = False  # a terminal's last byte did not end a line
+        self._last = b""  # the last byte written
         self._ending = False  # close after the queue
         self._dead = False  # the child is gone: whatever comes is dropped, as in a broken pipe
         self._writing = False  # a pool thread has the queue
@@ -1975,7 +2061,7 @@ class Input:
                                     f"and {self.limit} is the limit")  # fmt: skip
             self._queue.append(data)
             self._queued += len(data)
-            self._line_open = not data.endswith(b"\n")
+            self._last = data[-1:]
             if not self._writing:
                 self._write_some()
             start = self._claim_writer()
@@ -2023,9 +2109,17 @@ class Input:
         poller = select.poll()
         poller.register(self._fd, select.POLLOUT)
         poller.register(self._exited.fd, select.POLLIN)
+        pause: float | None = None
         try:
             while True:
-                events = poller.poll()
+                events = poller.poll(pause)
+                poller.register(self._fd, select.POLLOUT)
+                pause = None
+                for ready, event in events:
+                    if ready != self._exited.fd and event & select.POLLHUP and self._terminal:
+                        # Nobody has the terminal open, now; that is always ready, and takes nothing.
+                        poller.unregister(self._fd)
+                        pause = HANGUP_PAUSE
                 with self._lock:
                     if any(ready == self._exited.fd for ready, _ in events):
                         self._dead = True
@@ -2085,8 +2179,9 @@ class Input:
         if not attributes[3] & termios.ICANON:
             return b""  # a program that reads raw has no end of input
         character: bytes = attributes[6][termios.VEOF]
-        keys = character * 2 if self._line_open else character
-        self._line_open = False
+        line_ends = (b"", b"\n", b"\r") if attributes[0] & termios.ICRNL else (b"", b"\n")
+        keys = character if self._last in line_ends else character * 2
+        self._last = b""
         return keys
 
     def _close(self) -> None:
@@ -2105,12 +2200,16 @@ class Terminal:
         Raises:
             OSError: if the system has no terminal left.
         """
-        self.master, self._slave = os.openpty()
-        self.path = os.ttyname(self._slave)
         # Guards master against close: ioctl(2)s and write(2)s come from any thread, and never wait.
         self._lock = threading.Lock()
-        os.set_blocking(self.master, False)
-        self.resize(width, height)
+        self.master, self._slave = os.openpty()
+        try:
+            self.path = os.ttyname(self._slave)  # fails where no /dev/pts is mounted
+            os.set_blocking(self.master, False)
+            self.resize(width, height)
+        except BaseException:
+            self.close()
+            raise
 
     def resize(self, width: int, height: int) -> None:
         """Set the size and send SIGWINCH to the foreground group, as TIOCSWINSZ does; harmless once closed."""
@@ -2165,16 +2264,19 @@ class TerminalPump:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wakeup, selectors.EVENT_READ)
 
-    def add(self, fd: int, sink: Sink, drain_timeout: float, on_end: Callable[[], None]) -> PumpedTerminal:
-        """Move ``fd``'s bytes into ``sink`` until it ends; then call ``on_end``, which may close it.
+    def start(self) -> None:
+        """Start the thread, if that has not been done yet.
 
         Raises:
-            RuntimeError: if the system refuses the thread.
+            RuntimeError: if the system refuses it.
         """
         with self._lock:
             if not self._started:
                 threading.Thread(target=self._run, name="terminal-pump", daemon=True).start()
                 self._started = True
+
+    def add(self, fd: int, sink: Sink, drain_timeout: float, on_end: Callable[[], None]) -> PumpedTerminal:
+        """Move ``fd``'s bytes into ``sink`` until it ends; then call ``on_end``, which may close it."""
         terminal = PumpedTerminal(fd, sink, on_end, drain_timeout)
         self._order(lambda: self._add(terminal))
         return terminal
@@ -2252,7 +2354,11 @@ class TerminalPump:
     def _end_quiet(self) -> None:
         now = time.monotonic()
         for terminal in list(self._terminals.values()):
-            if terminal.quiet_after is not None and now >= terminal.quiet_after and not terminal.paused:
+            if terminal.quiet_after is None or now < terminal.quiet_after or terminal.paused:
+                continue
+            if select.select((terminal.fd,), (), (), 0)[0]:
+                self._read(terminal)  # however short the drain timeout, what is there is output
+            else:
                 self._end(terminal)
 
     def _end(self, terminal: PumpedTerminal) -> None:
@@ -2362,6 +2468,12 @@ class Channel:
                 return False
             self._on_sent = on_sent
             idle = not self._entries
+            if not idle and stream is self._entries[-1][0] and stream is not None:
+                last = self._entries[-1][1]
+                if len(last) + len(data) <= SMALL_CHUNK:  # a queue of bytes is no queue of objects
+                    self._entries.pop()
+                    self._size -= len(last)
+                    data = last + data
             self._entries.append((stream, data))
             self._size += len(data)
             urgent = stream is None or self._size >= BATCH_SIZE
@@ -2628,15 +2740,18 @@ class Outbox:
             callback()
         return rest, batch
 
-    def flush(self, timeout: float) -> bool:
-        """Wait until everything was handed to the kernel; False if it was not in ``timeout`` seconds."""
+    def flush(self, timeout: float) -> bool | None:
+        """Wait until everything was handed to the kernel; False if it was not in ``timeout`` seconds.
+
+        None if it never will be: the connection is closed.
+        """
         with self._lock:
             self._end_rests(everybody=True)
             self._work.notify()
             done = self._idle.wait_for(
                 lambda: self._closed or not (self._frames or self._ready or self._rest or self._sending), timeout
             )
-            return done and not self._closed
+            return None if self._closed else done
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -2740,6 +2855,7 @@ class Process:
         self._on_finished = on_finished
         self._on_exit = on_exit
         self._exited = Wakeup()  # wakes the pumps; this object is one of its holders until EXITED
+        self._quiet = Quiet(runtime.config.drain_timeout)
         self._stdout = -1  # for pump(), set by start()
         # Guards the attributes below.
         self._lock = threading.Lock()
@@ -2758,13 +2874,20 @@ class Process:
         """The process's PID, 0 before it has started."""
         return self._child.pid if self._child is not None else 0
 
-    def start(self, command: Command) -> None:
-        """Start the process. Output flows once pump() is called, too.
+    def start(
+        self,
+        cmd: Sequence[str],
+        env: Sequence[str] = (),
+        workdir: str = "",
+        defaults: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start the process, see make_command(). Output flows once pump() is called, too.
 
         Raises:
             SpawnError: if it cannot be started; nothing is left behind then.
         """
         try:
+            command = make_command(cmd, env, workdir, defaults)
             if self.tty:
                 self._start_on_terminal(command)
             else:
@@ -2772,8 +2895,7 @@ class Process:
         except (OSError, RuntimeError) as exc:  # no descriptor, terminal or thread left
             self._exited.release()
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-            name = command.argv[0].decode("utf-8", "replace")
-            raise SpawnError(f"{name}: cannot start: {reason.lower()}", Reason.START_FAILED) from None
+            raise SpawnError(f"{cmd[0]}: cannot start: {reason.lower()}", Reason.START_FAILED) from None
         except SpawnError:
             self._exited.release()
             raise
@@ -2800,6 +2922,7 @@ class Process:
         thread.run(self._read, stderr, Stream.STDERR)
 
     def _start_on_terminal(self, command: Command) -> None:
+        self._runtime.terminals.start()  # before there is a child that a failure would leave behind
         with self._lock:
             size = self._size
         terminal = Terminal(*size)
@@ -2844,7 +2967,7 @@ class Process:
             self._read(self._stdout, Stream.STDOUT)
 
     def _read(self, fd: int, stream: Stream) -> None:
-        read_pipe(fd, stream, self._sink, self._exited, self._runtime.config.drain_timeout, self._output_ended)
+        read_pipe(fd, stream, self._sink, self._exited, self._quiet, self._output_ended)
 
     def send_signal(self, number: int, alone: bool = False) -> None:
         """Signal the process group; on a terminal its foreground group, as the terminal would.
@@ -2863,6 +2986,13 @@ class Process:
                 return
         if alone:
             child.send_signal(number, alone=True)
+            return
+        if child.returncode is not None:
+            # What it left behind still holds the session: it is all that can be meant.
+            with self._lock:
+                draining = self._state is not ProcessState.EXITED
+            if draining:
+                signal_processes([child], number)
             return
         group = terminal.foreground_group() if terminal is not None else 0
         if group and group != child.pid:
@@ -2962,13 +3092,12 @@ class ExecSession:
         try:
             # As Docker does: a terminal has a TERM, and the request's or the image's wins.
             defaults = {"TERM": "xterm"} if request.tty else None
-            command = make_command(request.cmd, request.env, request.workdir, defaults)
-            self._process.start(command)
+            self._process.start(request.cmd, request.env, request.workdir, defaults)
         except SpawnError as exc:
             self._channel.send(Error(self.id, str(exc), exc.reason), lambda: self._host.forget(self))
             log.info("exec failed: %s", exc, extra={"session": self.id})
             return
-        log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0], extra={"session": self.id})
+        log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra={"session": self.id})
         self._process.pump()
 
     def _finished(self, code: int) -> None:
@@ -2986,7 +3115,10 @@ class ExecSession:
             self._host.send(Error(self.id, f"stdin: {exc}; the command is killed", Reason.STDIN_OVERFLOW))
             log.warning("exec killed: %s", exc, extra={"session": self.id})
             self._process.input.discard()
-            self._process.send_signal(signal.SIGKILL)
+            try:
+                self._process.send_signal(signal.SIGKILL)
+            except PermissionError:
+                log.warning("cannot kill it: it belongs to another user", extra={"session": self.id})
 
     def end_input(self) -> None:
         self._process.input.end()
@@ -3016,6 +3148,9 @@ class MainProcess:
         self.code: int | None = None  # written once, before exited is set
         self._runtime = runtime
         self._pid_file = runtime.config.pid_file
+        # Guards _gone, and the file: held while it is written or removed, by two threads once each.
+        self._pid_file_lock = threading.Lock()
+        self._gone = False
         self._process = Process(runtime, self.log, self._on_finished, self._on_exit, runtime.config.tty)
         self._exit_callbacks: list[Callable[[], None]] = []  # not changed after start()
 
@@ -3041,13 +3176,13 @@ class MainProcess:
         defaults = {"TERM": "xterm"} if config.tty else None
         (thread,) = self._runtime.pool.reserve(1)
         try:
-            self._process.start(make_command(config.command, defaults=defaults))
+            self._process.start(config.command, defaults=defaults)
         except SpawnError:
             self._runtime.pool.release([thread])
             raise
-        self._write_pid_file()
-        if self.exited.is_set():  # it may have ended before its PID was written
-            self._remove_pid_file()
+        with self._pid_file_lock:
+            if not self._gone:
+                self._write_pid_file()
         log.info("main process started: pid %d, %s", self.pid, config.command[0])
         thread.run(self._process.pump)
 
@@ -3071,7 +3206,9 @@ class MainProcess:
     def _on_exit(self, code: int) -> None:
         self.code = code
         log.info("main process ended: exit code %d", code)
-        self._remove_pid_file()
+        with self._pid_file_lock:
+            self._gone = True
+            self._remove_pid_file()
         self.exited.set()
         for callback in self._exit_callbacks:
             callback()
@@ -3099,8 +3236,10 @@ class MainProcess:
             log.warning("cannot write the PID file %s: %s", path, exc.strerror)
 
     def _remove_pid_file(self) -> None:
+        if not self._pid_file:
+            return
         try:
-            fd = os.open(self._pid_file or os.devnull, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self._pid_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 ours = os.read(fd, 32) == str(self.pid).encode()
             finally:
@@ -3329,13 +3468,18 @@ class HealthChecker:
         if self._stopped.is_set():  # in this order: either stop() finds the event, or this sees the stop
             over.set()
 
+        try:
+            (thread,) = self._runtime.pool.reserve(1)
+        except RuntimeError as exc:
+            return result(-1, f"Health check could not start: {exc}")
         process = Process(self._runtime, output, on_finished)
         try:
-            process.start(make_command(("/bin/sh", "-c", config.health_cmd)))
-            process.input.end()
-            self._runtime.pool.submit(process.pump)
-        except (SpawnError, RuntimeError) as exc:
+            process.start(("/bin/sh", "-c", config.health_cmd))
+        except SpawnError as exc:
+            self._runtime.pool.release([thread])
             return result(-1, f"Health check could not start: {exc}")
+        process.input.end()
+        thread.run(process.pump)
         over.wait(config.health_timeout)
         if codes:
             return result(codes[0], output.text())
@@ -3490,7 +3634,8 @@ class QueuedConnection(WebSocket):
             if self._writing:
                 self.outbox.push_frame(data)
             elif data:  # the handshake: a few bytes that always fit the socket's buffer
-                self.socket.sendall(data)
+                with contextlib.suppress(ConnectionError):  # the receiver sees that it has left
+                    self.socket.sendall(data)
             else:
                 with contextlib.suppress(OSError):  # closed already
                     self.socket.shutdown(socket.SHUT_WR)
@@ -3529,6 +3674,13 @@ class QueuedConnection(WebSocket):
         # a peer whose program is stuck still acknowledges, one that is cut off does not.
         (last_ack_received,) = struct.unpack_from("I", info, 56)
         return min(silence, float(last_ack_received) / 1000)
+
+    def unsent(self) -> int:
+        """Bytes that the kernel has not sent, or the peer's has not acknowledged (SIOCOUTQ, see tcp(7))."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self.socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except (OSError, ValueError):  # closed
+            return 0
 
     def stuck_for(self) -> float:
         """Seconds since the peer last sent something, or took something other than a ping."""
@@ -3737,6 +3889,7 @@ class Peer:
         self._lock = threading.Lock()  # guards the attributes below
         self._sessions: dict[str, Session] = {}
         self._ended_ids: dict[str, None] = {}  # the latest, oldest first
+        self.started = 0  # sessions so far; the connection thread's alone
         registry.add(self)
 
     def serve(self) -> None:
@@ -3757,9 +3910,15 @@ class Peer:
         """Say goodbye: waits CLOSE_TIMEOUT at most for the peer to answer."""
         self._connection.close(code, reason)
 
-    def flush(self, timeout: float) -> bool:
-        """Wait until everything queued was handed to the kernel; False if it was not."""
-        return self._connection.outbox.flush(timeout)
+    def taken(self) -> int | None:
+        """How many bytes the peer has taken so far; None once there is nothing left for it to take."""
+        with self._lock:
+            attached = any(isinstance(session, AttachSession) for session in self._sessions.values())
+        flushed = self._connection.outbox.flush(0)
+        unsent = self._connection.unsent()
+        if flushed is None or (flushed and not unsent and not attached):
+            return None
+        return self._connection._sent - unsent
 
     def linger(self, timeout: float) -> None:
         """Give the peer time to read: a deployed Go backend loses an exit that a close follows at once."""
@@ -3767,11 +3926,6 @@ class Peer:
             had_sessions = bool(self._ended_ids or self._sessions)
         if had_sessions:
             self._connection.recv_events_thread.join(timeout)  # ends early if the peer closes
-
-    def attached(self) -> bool:
-        """Whether a session still waits for the main process's output."""
-        with self._lock:
-            return any(isinstance(session, AttachSession) for session in self._sessions.values())
 
     # What sessions use: SessionHost.
 
@@ -3886,6 +4040,7 @@ class Peer:
             raise
         with self._lock:
             self._sessions[request.id] = session
+        self.started += 1
         thread.run(session.run)
 
     def _leave(self) -> int:
@@ -4054,9 +4209,12 @@ def is_foreign_page(request: HTTPRequest) -> bool:
     hosts = request.headers.get_all("Host")
     if not origins:
         return False
-    if [urllib.parse.urlsplit(origin).netloc for origin in origins] != hosts:
+    try:
+        if [urllib.parse.urlsplit(origin).netloc for origin in origins] != hosts:
+            return True
+        name = urllib.parse.urlsplit(f"//{hosts[0]}").hostname or ""
+    except ValueError:  # no URL, says urlsplit
         return True
-    name = urllib.parse.urlsplit(f"//{hosts[0]}").hostname or ""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -4206,6 +4364,7 @@ class ReverseDialer:
         self._settled.set()
         # The dialer thread's alone.
         self._failures = 0  # in a row
+        self._served = False  # the last connection had sessions
         # The last connection ended without a close, so the backend may have it
         # still. It drops both when it sees one id twice: that costs no try.
         self._ghost = False
@@ -4253,8 +4412,11 @@ class ReverseDialer:
             self._ghost = not clean
             if held >= STEADY_AFTER:
                 self._failures = 0
-            elif not self._wait_after(f"the connection ended after {held:.1f} s"):
-                return
+            else:
+                if self._served:  # no failure, but no reason to dial without a pause either
+                    self._failures = 0
+                if not self._wait_after(f"the connection ended after {held:.1f} s"):
+                    return
 
     def _dial(self) -> DialerSocket:
         """Connect. Raises what websockets and the system have for it."""
@@ -4295,6 +4457,7 @@ class ReverseDialer:
             peer.serve()
         finally:
             self._heartbeat.remove(connection)
+        self._served = peer.started > 0
         # A clean Close before dialling again, so that the backend forgets the id.
         connection.close()
         return connection.protocol.close_rcvd is not None
@@ -4340,7 +4503,8 @@ EXIT_FAILURE, EXIT_USAGE = 1, 2
 # What may happen beside a signal, whose numbers are positive.
 MAIN_ENDED, BACKEND_GIVEN_UP = -1, -2
 CLOSE_LINGER = 1.0  # seconds between the last message and the close of a connection
-LINGER = 2.0  # seconds for clients to be told the last output and the exit code
+LINGER = 2.0  # seconds that a client may take no byte before it is not waited for any longer
+KILL_LINGER = 10.0  # seconds for a killed main process to be gone
 # Without a main process to pass them on to, these end the agent.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -4363,6 +4527,7 @@ class Agent:
     def run(self) -> int:
         """Run until a signal, or the main process's end, ends it; returns the exit code."""
         self._receive_signals()
+        raise_descriptor_limit()
         if (self._config.subreaper or self._config.init == "on") and os.getpid() != 1:
             try:
                 become_subreaper()
@@ -4481,8 +4646,24 @@ class Agent:
                     self._signal_main(again)
         if not main.exited.is_set():
             self._signal_main(signal.SIGKILL)
-            main.exited.wait()
+            if not main.exited.wait(KILL_LINGER):
+                log.error("the main process cannot be killed: the agent ends without it")
         main.finished.wait(self._config.drain_timeout + LINGER)
+
+    def _deliver(self, peers: Sequence[Peer]) -> None:
+        """Wait while peers take what is theirs, the exit code last; for stop_timeout seconds at most."""
+        now = time.monotonic()
+        limit = now + max(self._config.stop_timeout, LINGER)
+        waiting = {peer: (-1, now) for peer in peers}
+        while waiting and now < limit:
+            for peer, (before, since) in list(waiting.items()):
+                taken = peer.taken()
+                if taken is None or (taken == before and now - since > LINGER):
+                    del waiting[peer]
+                elif taken != before:
+                    waiting[peer] = (taken, now)
+            time.sleep(0.005)
+            now = time.monotonic()
 
     def _end(self, front: Server | ReverseDialer) -> int:
         """Tell everybody, end every process, and return the exit code."""
@@ -4490,12 +4671,8 @@ class Agent:
         self._registry.close()
         if self._health is not None:
             self._health.stop()
-        deadline = time.monotonic() + LINGER
         peers = self._registry.peers()
-        for peer in peers:
-            while peer.attached() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            peer.flush(max(deadline - time.monotonic(), 0))
+        self._deliver(peers)
         deadline = time.monotonic() + CLOSE_LINGER
         for peer in peers:
             peer.linger(max(deadline - time.monotonic(), 0))
@@ -4518,8 +4695,7 @@ class Agent:
             self._copier.finished.wait(LINGER)
         end_processes(None, 0)  # what was being started meanwhile
         code = self._main.code if self._main is not None else 0
-        assert code is not None
-        code = self._config.exit_codes.get(code, code)
+        code = EXIT_FAILURE if code is None else self._config.exit_codes.get(code, code)
         log.info("agent ends: exit code %d", code)
         return code
 
@@ -4581,6 +4757,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             print(fault)
         sys.exit(EXIT_FAILURE if fault else 0)
     set_up_logging(config)
+    threading.excepthook = log_thread_failure
     hide_secrets([config.token, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
     try:
         code = Agent(config).run()

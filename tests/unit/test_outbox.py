@@ -410,7 +410,7 @@ def test_flush_is_let_go_at_the_end(outbox, leave):
     Channel(outbox, "s").put(OUT, b"x")
     flush = InThread(outbox.flush, 20)
     leave(outbox)
-    assert flush.result() is False
+    assert flush.result() is None
 
 
 def test_calm_comes_when_the_replies_are_taken(outbox):

@@ -103,7 +103,7 @@ def test_many_jobs_each_run_once(pool):
 def test_reserved_threads_are_different_and_wait_for_their_job(long_lived):
     run(long_lived, lambda: None)  # one of the three is parked already
     threads = long_lived.reserve(3)
-    assert long_lived._idle == []
+    assert not long_lived._idle
     barrier = threading.Barrier(4)
     for thread in threads:
         thread.run(barrier.wait)
@@ -145,7 +145,7 @@ def test_an_idle_thread_ends(pool):
     thread = run(pool, lambda: None)
     thread.join(PATIENCE)
     assert not thread.is_alive()
-    assert pool._idle == []
+    assert not pool._idle
 
 
 def test_a_job_that_comes_as_its_thread_ends_is_done_all_the_same(monkeypatch, pool):
