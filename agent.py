@@ -3668,8 +3668,8 @@ class QueuedConnection(WebSocket):
         silence = time.monotonic() - self.last_received
         try:
             info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
-        except OSError:  # not TCP: its kernel cannot vanish alone
-            return self.stuck_for()
+        except OSError:  # a unix socket, whose other end cannot vanish without a word; or closed
+            return 0.0
         # tcpi_last_ack_recv of struct tcp_info (<linux/tcp.h>), in milliseconds:
         # a peer whose program is stuck still acknowledges, one that is cut off does not.
         (last_ack_received,) = struct.unpack_from("I", info, 56)
