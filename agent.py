@@ -2421,6 +2421,10 @@ class Channel:
         self._resting = False
         self._outbox._ready.append(self)
 
+    def waiting(self) -> int:
+        """Bytes that wait."""
+        return self._size
+
     def wait_for_room(self) -> bool:
         outbox = self._outbox
         with outbox._lock:

@@ -29,7 +29,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import secrets
 import select
@@ -45,9 +44,9 @@ import tty
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import IO, Any, NoReturn, Protocol, Self
+from typing import IO, Any, NoReturn, Protocol, Self, cast
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.frames import CloseCode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
@@ -60,6 +59,7 @@ from agent import (
     Attach,
     Channel,
     CloseStdin,
+    End,
     Error,
     Exec,
     Exit,
@@ -82,6 +82,7 @@ from agent import (
     close_listener,
     decode_event,
     decode_request,
+    is_foreign_page,
     make_handler,
     open_listener,
     parse_address,
@@ -113,6 +114,9 @@ PING_INTERVAL = 20.0  # seconds
 PING_TIMEOUT = 60.0  # seconds of silence, at the TCP level too, after which the agent counts as gone
 MAX_MESSAGE_SIZE = 64 << 20  # bytes
 STDIN_CHUNK = 256 << 10  # bytes in one put() of stdin
+REMEMBERED_SESSIONS = 4096  # of a client behind a listener, until those that have ended are forgotten
+BRIDGE_LIMIT = 64 << 20  # bytes of output that may wait for a Docker client, or one behind a listener
+END_GRACE = 5.0  # seconds from SIGHUP to SIGKILL where the agent cannot end a session by itself
 UNREAD_LIMIT = 1 << 30  # bytes of output that a session keeps for a reader that does not come
 
 
@@ -262,6 +266,8 @@ class AgentConn:
         self._ids = map("{}-{}".format, itertools.repeat(secrets.token_hex(4)), itertools.count(1))
         self._lock = threading.Lock()  # guards the attributes below
         self._receivers: dict[str, SessionReceiver] = {}
+        self._followers: set[Callable[[], None]] = set()  # called when the agent's lifetime expires
+        self._claimed: set[str] = set()  # ids of callers, see claiming()
         self._lost: ConnectionLost | None = None
         self.lifetime_expired = threading.Event()
         """Set when the agent has said that its platform is about to end it."""
@@ -289,7 +295,8 @@ class AgentConn:
     def close(self) -> None:
         """Close the connection. Commands that run on it are ended by the agent."""
         self._connection.close()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # as it is in a callback
+            self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -303,10 +310,10 @@ class AgentConn:
 
     def popen(
         self,
-        cmd: Sequence[str] | str,
+        cmd: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
         *,
         env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
+        cwd: str | os.PathLike[str] | None = None,
         tty: bool = False,
         size: tuple[int, int] | None = None,
         stdin: int = subprocess.PIPE,
@@ -331,9 +338,9 @@ class AgentConn:
         Raises:
             ConnectionLost: if the connection has ended.
         """
-        words = (cmd,) if isinstance(cmd, str) else tuple(cmd)
+        words = (os.fspath(cmd),) if isinstance(cmd, str | os.PathLike) else tuple(os.fspath(word) for word in cmd)
         variables = tuple(f"{name}={value}" for name, value in (env or {}).items())
-        request = Exec(self.new_id(), words, variables, cwd or "", tty)
+        request = Exec(self.new_id(), words, variables, os.fspath(cwd or ""), tty)
         process = AgentProcess(self, request, text=text, encoding=encoding, errors=errors)
         self.start_session(request, process.receiver)
         if size is not None:
@@ -355,7 +362,7 @@ class AgentConn:
 
     def run(
         self,
-        cmd: Sequence[str] | str,
+        cmd: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
         *,
         input: bytes | str | None = None,
         capture_output: bool = False,
@@ -365,7 +372,7 @@ class AgentConn:
         timeout: float | None = None,
         check: bool = False,
         env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
+        cwd: str | os.PathLike[str] | None = None,
         tty: bool = False,
     ) -> subprocess.CompletedProcess[Any]:
         """Run a command and wait for it, as subprocess.run does.
@@ -453,9 +460,44 @@ class AgentConn:
             self._receivers[request.id] = receiver
         self.send(request)
 
+    def end_session(self, session_id: str, attached: bool) -> None:
+        """End a session as the loss of its connection would: a command's whole tree, or an attachment.
+
+        A deployed Go agent does not know the request; there a command's process
+        group gets SIGHUP, and SIGKILL after END_GRACE seconds.
+        """
+        self.send(End(session_id))
+        if attached:
+            with self._lock:
+                self._receivers.pop(session_id, None)
+            return
+        self.send(Signal(session_id, "HUP"))
+        killing = threading.Timer(END_GRACE, self._kill_if_there, (session_id,))
+        killing.daemon = True
+        killing.start()
+
+    def _kill_if_there(self, session_id: str) -> None:
+        with self._lock:
+            there = session_id in self._receivers
+        if there:
+            self.send(Signal(session_id, "KILL"))
+
     def new_id(self) -> str:
         """A session id that nobody else on this connection has."""
         return next(self._ids)
+
+    @contextlib.contextmanager
+    def claiming(self, session_id: str) -> Iterator[None]:
+        """Hold an id that a caller has chosen. Raises SessionError if another session has it."""
+        with self._lock:
+            if session_id in self._claimed:
+                raise SessionError(f"session id {session_id!r} is in use", Reason.DUPLICATE_SESSION)
+            self._claimed.add(session_id)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._claimed.discard(session_id)
 
     def open_channel(self, session_id: str) -> Channel:
         return Channel(self._connection.outbox, session_id)
@@ -501,6 +543,10 @@ class AgentConn:
 
     def _expire(self) -> None:
         self.lifetime_expired.set()
+        with self._lock:
+            followers = list(self._followers)
+        for follower in followers:
+            follower()
 
     def _before_loss(self) -> None:
         """The connection has ended, and no session has been told yet."""
@@ -548,7 +594,8 @@ def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
         raise ConnectFailed(f"{addr}: answered with HTTP status {status}") from None
     except TimeoutError:
         raise ConnectFailed(f"{addr}: no answer within {timeout:g} s") from None
-    except (OSError, EOFError, InvalidHandshake) as exc:
+    # ImportError: a SOCKS proxy, which needs a package that is not here.
+    except (OSError, EOFError, InvalidHandshake, InvalidURI, ImportError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise ConnectFailed(f"{addr}: {reason}") from exc
     assert isinstance(connection, ClientWebSocket)
@@ -622,6 +669,11 @@ class _OutputStream(io.RawIOBase):
             self._size = 0
             return data
 
+    def arrived(self) -> bytes:
+        """What has arrived and is not read yet."""
+        with self._changed:
+            return b"".join(self._chunks)
+
     def feed(self, data: bytes) -> bool:
         """Take more bytes; False if too many wait already."""
         with self._changed:
@@ -678,7 +730,7 @@ class _InputStream(io.RawIOBase):
 class _ProcessReceiver:
     """Takes a session's events for its AgentProcess; entered by the receiving thread alone."""
 
-    def __init__(self, conn: AgentConn, session_id: str) -> None:
+    def __init__(self, conn: AgentConn, session_id: str, attached: bool) -> None:
         self.stdin = _InputStream(conn, session_id)
         self.stdout = _OutputStream()
         self.stderr = _OutputStream()
@@ -689,13 +741,19 @@ class _ProcessReceiver:
         self.lost = 0
         self._conn = conn
         self._id = session_id
+        self._attached = attached
+        self._ending = False
 
     def output(self, event: Output) -> None:
         self.lost += event.lost
         target = self.stdout if event.stream is Stream.STDOUT else self.stderr
+        if target.closed and not self._ending:
+            self._ending = True  # in place of the SIGPIPE that a closed pipe would give
+            self._conn.end_session(self._id, self._attached)
         if not target.feed(event.data) and not self.finished.is_set():
-            self._conn.send(Signal(self._id, "KILL"))
-            self.failed(SessionError(f"more than {UNREAD_LIMIT} bytes of output were not read: the command was killed"))
+            self._conn.end_session(self._id, self._attached)
+            fate = "this side is detached" if self._attached else "the command was killed"
+            self.failed(SessionError(f"more than {UNREAD_LIMIT} bytes of output were not read: {fate}"))
 
     def warning(self, error: SessionError) -> None:
         self.warnings.append(error)
@@ -729,7 +787,8 @@ class AgentProcess:
     ) -> None:
         self.args: tuple[str, ...] = request.cmd if isinstance(request, Exec) else ()
         self.id = request.id
-        self.receiver = _ProcessReceiver(conn, request.id)
+        self._attached = isinstance(request, Attach)
+        self.receiver = _ProcessReceiver(conn, request.id, self._attached)
         self._conn = conn
         self._text = text or encoding is not None or errors is not None
         self.stdin: IO[Any]
@@ -793,21 +852,37 @@ class AgentProcess:
         Raises:
             As wait(); TimeoutExpired holds what has arrived so far.
         """
-        _pool.submit(self._feed, input)
+        data = self._encode(input)
+        if not self.stdin.closed:
+            _pool.submit(self._feed, data)
+        elif data:
+            raise ValueError("stdin is closed: its input has been given before")
         try:
             self.wait(timeout)
         except subprocess.TimeoutExpired as exc:
             assert timeout is not None
-            raise subprocess.TimeoutExpired(self.args, timeout) from exc
+            stdout, stderr = (stream.arrived() for stream in (self.receiver.stdout, self.receiver.stderr))
+            raise subprocess.TimeoutExpired(self.args, timeout, stdout or None, stderr or None) from exc
         if not collect:
             return None, None
         return self.stdout.read(), self.stderr.read()
 
-    def _feed(self, input: bytes | str | None) -> None:
+    def _encode(self, input: bytes | str | None) -> bytes:
+        """The bytes of an input; here and not in another thread, so that the caller sees what is wrong with it."""
+        if input is None:
+            return b""
+        if self._text:
+            if not isinstance(input, str):
+                raise TypeError(f"input must be str in text mode, not {type(input).__name__}")
+            stdin = cast(io.TextIOWrapper, self.stdin)
+            return input.encode(stdin.encoding, stdin.errors or "strict")
+        return bytes(memoryview(input).cast("B"))  # type: ignore[arg-type]
+
+    def _feed(self, data: bytes) -> None:
         # Nobody reads it any more, as for a pipe; a close may flush, too.
         with contextlib.suppress(BrokenPipeError):
-            if input:
-                self.stdin.write(input)
+            if data:
+                self.receiver.stdin.write(data)
             self.stdin.close()
 
     def _settle(self) -> None:
@@ -848,17 +923,30 @@ class AgentProcess:
         """Set the terminal's columns and rows; harmless once it has ended."""
         self._conn.send(Resize(self.id, width, height))
 
+    def end(self) -> None:
+        """End the command with all its descendants: SIGHUP, and SIGKILL after the agent's kill timeout."""
+        self._conn.end_session(self.id, attached=False)
+
+    def detach(self) -> None:
+        """Leave the main process alone from now on; what has arrived can still be read."""
+        self._conn.end_session(self.id, attached=True)
+        self.receiver.failed(SessionError("detached from the main process"))
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        """As subprocess.Popen: close all streams and wait; who writes what nobody reads is ended. Detach from main."""
+        if self._attached:
+            self.detach()
         with contextlib.suppress(BrokenPipeError):
             self.stdin.close()
-        self.wait()
         self.stdout.close()
         self.stderr.close()
+        if not self._attached:
+            self.wait()
 
 
 def _copy(source: _OutputStream, target: IO[str], done: threading.Event) -> None:
@@ -887,12 +975,16 @@ class _EventQueue:
     """A session's events in their order, for one thread that takes them.
 
     Args:
-        limit: bytes of output that may wait before output() blocks, and with it the
-            receiver: only for the one session of a connection.
+        limit: bytes of output that may wait.
+        on_overflow: called once, when more does, and all output from then on is
+            dropped. Without it output() blocks, and with it the receiver: only for
+            the one session of a connection.
     """
 
-    def __init__(self, limit: float = math.inf) -> None:
+    def __init__(self, limit: int, on_overflow: Callable[[], None] | None = None) -> None:
         self._limit = limit
+        self._on_overflow = on_overflow
+        self._dropping = False
         self._changed = threading.Condition()  # guards the attributes below
         self._outputs: collections.deque[tuple[Stream, bytes]] = collections.deque()
         self._size = 0  # bytes in _outputs
@@ -902,10 +994,16 @@ class _EventQueue:
 
     def output(self, event: Output) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._size < self._limit)
-            self._outputs.append((event.stream, event.data))
-            self._size += len(event.data)
-            self._changed.notify_all()
+            if self._on_overflow is None:
+                self._changed.wait_for(lambda: self._dropping or self._size < self._limit)
+            overflow = self._on_overflow is not None and self._size >= self._limit and not self._dropping
+            self._dropping |= overflow
+            if not self._dropping:
+                self._outputs.append((event.stream, event.data))
+                self._size += len(event.data)
+                self._changed.notify_all()
+        if overflow and self._on_overflow is not None:
+            self._on_overflow()
 
     def warning(self, error: SessionError) -> None:
         self.output(Output("", Stream.STDERR, f"{error}\n".encode()))
@@ -933,9 +1031,10 @@ class _EventQueue:
             return stream, data
 
     def abandon(self) -> None:
-        """Nobody takes any more: let the receiver go on."""
+        """Nobody takes any more: drop what waits and what comes."""
         with self._changed:
-            self._limit, self._ended = math.inf, True
+            self._dropping = self._ended = True
+            self._outputs.clear()
             self._changed.notify_all()
 
     def result(self) -> int:
@@ -955,16 +1054,27 @@ class _Bridge:
     def __init__(self, conn: AgentConn, sock: socket.socket, request: Exec | Attach, tty: bool) -> None:
         self._conn = conn
         self._sock = sock
-        self._request = request
+        self._attached = isinstance(request, Attach)
+        self._session_id = request.id  # the caller's, and free again when run() returns
+        # On the wire each session has an id of its own: what is late for one never reaches the next.
+        self._request = dataclasses.replace(request, id=conn.new_id())
         self._tty = tty
-        self._events = _EventQueue()
-        self._channel = conn.open_channel(request.id)
+        self._events = _EventQueue(BRIDGE_LIMIT, self._overflowed)
+        self._channel = conn.open_channel(self._request.id)
         self._stop_read, self._stop_write = socket.socketpair()
         self._receiver_done = threading.Event()
         self._vanished = threading.Event()
 
     def run(self) -> int:
         """Carry bytes until the session ends; returns its exit code."""
+        with (
+            contextlib.closing(self._stop_read),
+            contextlib.closing(self._stop_write),
+            self._conn.claiming(self._session_id),
+        ):
+            return self._run()
+
+    def _run(self) -> int:
         self._conn.start_session(self._request, self._events)
         _pool.submit(self._receive)
         try:
@@ -978,9 +1088,17 @@ class _Bridge:
             self._send(Stream.STDERR, f"{exc}\n".encode())
             return 126
         finally:
+            self._events.abandon()
+            self._channel.discard()
             self._stop_write.close()
             self._receiver_done.wait()
-            self._stop_read.close()
+
+    def _overflowed(self) -> None:
+        """The Docker client reads so slowly that what waits would fill the memory: version 1 holds nothing back."""
+        self._conn.end_session(self._request.id, self._attached)
+        self._events.failed(
+            SessionError(f"more than {BRIDGE_LIMIT} bytes of output were not read: the session was ended")
+        )
 
     def _send(self, stream: Stream, data: bytes) -> None:
         if self._vanished.is_set():
@@ -1027,12 +1145,10 @@ class _Bridge:
         if self._vanished.is_set():
             return
         self._vanished.set()
-        if isinstance(self._request, Exec):
-            for name in ("HUP", "KILL"):
-                self._conn.send(Signal(self._request.id, name))
-        else:
+        if self._attached:
             self._channel.send(CloseStdin(self._request.id))
             self._events.failed(ConnectionLost("the Docker client has left"))
+        self._conn.end_session(self._request.id, self._attached)
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -1122,7 +1238,7 @@ class ReverseListener:
         Args:
             host: "" for every interface.
             port: 0 for one that the system chooses, see ``port``.
-            token: what agents and clients must show; or a function that gives each id's token.
+            token: what agents and clients must show; or a function that gives each id's token, None to refuse it.
             path: the one path on which agents may dial; None for any.
 
         Raises:
@@ -1211,6 +1327,11 @@ class ReverseListener:
             status = http.HTTPStatus.BAD_REQUEST if not agent_id else http.HTTPStatus.NOT_FOUND
             return connection.respond(status, "an agent's query names it: ?id=... or ?session_id=...\n")
         token = self._token(agent_id) if callable(self._token) else self._token
+        if token is None and callable(self._token):  # an id that the function does not know
+            token = secrets.token_hex()
+        if token is None and is_foreign_page(request):
+            log.warning("refused %s: a web page of another host", agent_id or path)
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
         if token is not None and not hmac.compare_digest(bearer_token(request), token.encode()):
             log.warning("refused %s: missing or wrong token", agent_id or path)
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
@@ -1297,14 +1418,24 @@ class _RelayedSession:
         self.remote_id = conn.new_id()
         self.stdin = conn.open_channel(self.remote_id)
         self.finished = False  # written by the agent connection's thread alone
+        self._conn = conn
         self._outbox = client.outbox
         self._output = Channel(client.outbox, self.id)
 
     def output(self, event: Output) -> None:
-        if event.lost:
+        if self.finished:
+            return
+        if self._output.waiting() > BRIDGE_LIMIT:
+            self.end()
+            self.failed(SessionError(f"more than {BRIDGE_LIMIT} bytes of output were not read: the session was ended"))
+        elif event.lost:
             self._output.send(dataclasses.replace(event, id=self.id))
         else:
             self._output.put(event.stream, event.data)
+
+    def end(self) -> None:
+        """The client has left, or asks for it."""
+        self._conn.end_session(self.remote_id, not self.is_exec)
 
     def warning(self, error: SessionError) -> None:
         self._outbox.send(Error(self.id, str(error), error.reason))
@@ -1315,6 +1446,8 @@ class _RelayedSession:
 
     def failed(self, error: ClientError) -> None:
         self.finished = True
+        if isinstance(error, ConnectionLost):
+            return  # so is the client's then: no session of it ends as if the agent had said so
         self._output.send(Error(self.id, str(error), getattr(error, "reason", "") or Reason.START_FAILED))
 
 
@@ -1332,6 +1465,11 @@ class _Relay:
         _heartbeat.add(self._client)
         # The client must not wait for an agent that has gone.
         _pool.submit(self._follow_agent)
+        expired = self._tell_expired
+        with self._conn._lock:
+            self._conn._followers.add(expired)
+        if self._conn.lifetime_expired.is_set():
+            expired()
         try:
             for message in self._client:
                 self._relay(message)
@@ -1339,10 +1477,14 @@ class _Relay:
             log.info("client of agent %s lost: %s", self._conn.id, exc)
         finally:
             _heartbeat.remove(self._client)
+            with self._conn._lock:
+                self._conn._followers.discard(expired)
             for session in self._sessions.values():
-                if session.is_exec and not session.finished:
-                    for name in ("HUP", "KILL"):
-                        self._conn.send(Signal(session.remote_id, name))
+                if not session.finished:
+                    session.end()
+
+    def _tell_expired(self) -> None:
+        self._client.outbox.send(LifetimeExpired())
 
     def _follow_agent(self) -> None:
         while self._conn._thread.is_alive() and self._client.recv_events_thread.is_alive():
@@ -1362,6 +1504,9 @@ class _Relay:
                 self._client.outbox.send(Error(request.id, text, Reason.DUPLICATE_SESSION))
                 return
             self._start(request)
+        elif isinstance(request, End):
+            if session is not None:
+                session.end()
         elif session is None:
             self._client.outbox.send(Error(request.id, "no session has this id", Reason.UNKNOWN_SESSION))
         elif isinstance(request, Stdin):
@@ -1374,6 +1519,8 @@ class _Relay:
 
     def _start(self, request: Exec | Attach) -> None:
         session = _RelayedSession(self._conn, self._client, request)
+        if len(self._sessions) > REMEMBERED_SESSIONS:
+            self._sessions = {id: known for id, known in self._sessions.items() if not known.finished}
         self._sessions[request.id] = session
         try:
             self._conn.start_session(dataclasses.replace(request, id=session.remote_id), session)
@@ -1688,6 +1835,9 @@ def fetch_health(addr: str) -> dict[str, Any]:
         ConnectFailed: if there is no agent, or it does not answer.
         ValueError: if ``addr`` is none.
     """
+    if addr.startswith("ws://"):
+        parts = urllib.parse.urlsplit(addr)
+        addr = str(Address(parts.hostname or "", parts.port or 80))
     address = parse_address(addr)
     connection = (
         _UnixHTTPConnection(address.path, OPEN_TIMEOUT)

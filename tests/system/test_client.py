@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import hashlib
 import os
 import re
@@ -9,13 +11,16 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import DEADLINE, TOKEN, RunningAgent
 
 import agent
+import agent_client
 from agent_client import (
     AgentConn,
     CommandNotExecutable,
@@ -314,3 +319,141 @@ def test_signals_reach_the_command(conn: AgentConn, number: int) -> None:
     assert process.stdout.readline() == b"up\n"
     process.send_signal(number)
     assert process.wait(DEADLINE) == 128 + number
+
+
+# What reviews have found.
+
+
+def test_input_that_cannot_be_written_is_an_error_at_once(conn: AgentConn) -> None:
+    with pytest.raises(TypeError, match="must be str"):
+        conn.run(["cat"], input=b"bytes", text=True)
+    with pytest.raises(UnicodeEncodeError):
+        conn.run(["cat"], input="\u00e9", encoding="ascii")
+    with pytest.raises(TypeError):
+        conn.popen(["cat"]).communicate("text")
+
+
+def test_a_timeout_holds_what_has_arrived(conn: AgentConn) -> None:
+    process = conn.popen(["sh", "-c", "echo hi; echo oh >&2; exec sleep 300"])
+    process.receiver.stderr.readinto(bytearray(1))
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        process.communicate(timeout=0.1)
+    assert (caught.value.output, caught.value.stderr) == (b"hi\n", b"h\n")
+    process.kill()
+    assert process.communicate() == (b"hi\n", b"h\n")
+
+
+def test_leaving_a_with_block_ends_who_writes_what_nobody_reads(conn: AgentConn) -> None:
+    with conn.popen(["yes"]) as process:
+        assert process.stdout.readline() == b"y\n"
+    assert process.returncode == 129
+
+
+def test_leaving_a_with_block_detaches_from_the_main_process(conn: AgentConn, running: RunningAgent) -> None:
+    with conn.attach() as main:
+        assert main.stdout.readline() == b"ready\n"
+    running.wait_for_log("attach ended")
+    with conn.attach() as main:
+        assert main.stdout.readline() == b"ready\n"
+
+
+def test_an_attacher_that_does_not_read_does_not_end_the_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_client, "UNREAD_LIMIT", 1 << 20)
+    flooding = RunningAgent(tmp_path, "--keep-alive", "--", "yes")
+    with AgentConn.dial(flooding.addr, TOKEN) as conn:
+        attached = conn.attach()
+        with pytest.raises(SessionError, match="not read"):
+            attached.wait(DEADLINE)
+        flooding.wait_for_log("attach ended")
+        assert agent_client.fetch_health(flooding.addr)["exited"] is False
+        assert conn.run(["true"]).returncode == 0
+    flooding.stop()
+
+
+def test_paths_are_taken_as_they_are(conn: AgentConn, tmp_path: Path) -> None:
+    assert conn.run([Path("/bin/pwd")], cwd=tmp_path, capture_output=True, text=True).stdout == f"{tmp_path}\n"
+    assert conn.run(Path("/bin/true")).returncode == 0
+
+
+def in_thread(function: Callable[..., Any], *args: object) -> concurrent.futures.Future[Any]:
+    """Runs ``function`` in a thread."""
+    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function(*args))
+        except BaseException as exc:
+            result.set_exception(exc)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
+
+
+def test_a_docker_client_that_does_not_read_ends_its_session_and_no_other(
+    conn: AgentConn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_client, "BRIDGE_LIMIT", 1 << 20)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        bridge = in_thread(conn.bridge_exec, ours, "flood", ["yes"])
+        assert conn.run(["echo", "on"], capture_output=True).stdout == b"on\n"
+        theirs.recv(1)
+        # What waits for it is dropped, so that it sees the end as soon as it reads again.
+        drained = in_thread(lambda: sum(map(len, iter(lambda: theirs.recv(1 << 20), b""))))
+        with pytest.raises(SessionError, match="not read"):
+            bridge.result(DEADLINE)
+        ours.shutdown(socket.SHUT_RDWR)
+        assert drained.result(DEADLINE) < 64 << 20
+
+
+def test_what_is_late_for_a_session_never_reaches_the_next_under_its_id(conn: AgentConn) -> None:
+    for _ in range(20):
+        first, client = socket.socketpair()
+        with first, client:
+            bridge = in_thread(conn.bridge_exec, first, "archive-x", ["true"])
+            with contextlib.suppress(BrokenPipeError):
+                client.sendall(b"OLD" * 100_000)
+            client.shutdown(socket.SHUT_WR)
+            assert bridge.result(DEADLINE) == 0
+        second, client = socket.socketpair()
+        with second, client:
+            bridge = in_thread(conn.bridge_exec, second, "archive-x", ["cat"], (), "", True)
+            client.sendall(b"NEW")
+            client.shutdown(socket.SHUT_WR)
+            seen = client.recv(65536)
+            assert seen.startswith(b"NEW")
+            client.close()
+            bridge.exception(DEADLINE)
+
+
+def test_a_docker_client_that_leaves_takes_the_whole_tree_with_it(conn: AgentConn, tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    script = f"trap 'touch {tmp_path}/hung-up; exit 1' HUP; setsid sleep 300 & echo $!; while :; do sleep 0.02; done"
+    with ours:
+        bridge = in_thread(conn.bridge_exec, ours, "doomed", ["sh", "-c", script], (), "", True)
+        child = int(theirs.recv(100))
+        theirs.close()
+        assert bridge.result(DEADLINE) == 1
+    assert (tmp_path / "hung-up").exists()
+    deadline = time.monotonic() + DEADLINE
+    while os.path.exists(f"/proc/{child}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_docker_client_that_leaves_the_main_process_is_detached(tmp_path: Path) -> None:
+    quiet = RunningAgent(tmp_path, "--keep-alive", "--", "sh", "-c", "echo ready; exec sleep 300")
+    with AgentConn.dial(quiet.addr, TOKEN) as conn:
+        for count in range(1, 3):
+            ours, theirs = socket.socketpair()
+            with ours:
+                bridge = in_thread(conn.bridge_attach, ours, "attach-x", True)
+                assert theirs.recv(100) == b"ready\n"
+                theirs.close()
+                with pytest.raises(ConnectionLost):
+                    bridge.result(DEADLINE)
+            quiet.wait_for_log("attach ended", count)
+        assert agent_client.fetch_health(quiet.addr)["exited"] is False
+    quiet.stop()

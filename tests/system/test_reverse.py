@@ -546,3 +546,50 @@ def test_200_agents_on_one_listener(tmp_path: Path) -> None:
             for conn in conns:
                 conn.wait_closed()
     assert sorted(left) == sorted(f"box{number}" for number in range(count))
+
+
+def test_an_id_that_the_token_function_does_not_know_is_refused(tmp_path: Path) -> None:
+    with ReverseListener("127.0.0.1", token={"good": TOKEN}.get) as listener:
+        with dialling(tmp_path, listener.port, "--callback-retries", "1", query="?id=evil", token="") as evil:
+            assert evil.wait() == 1
+            assert "HTTP status 401" in evil.log
+        with pytest.raises(Unauthorized):
+            AgentConn.dial(f"ws://127.0.0.1:{listener.port}/agents/evil/ws", None)
+        with dialling(tmp_path, listener.port, query="?id=good"):
+            assert listener.wait_for("good", DEADLINE).run(["true"]).returncode == 0
+
+
+def test_a_client_behind_a_listener_is_told_of_the_lifetime_and_of_the_loss(
+    tmp_path: Path, listener: ReverseListener
+) -> None:
+    with dialling(tmp_path, listener.port, "--lifetime", "3600s", "--lifetime-signal", "USR1") as agent:
+        listener.wait_for("box", DEADLINE)
+        with AgentConn.dial(f"ws://127.0.0.1:{listener.port}/agents/box/ws", TOKEN) as conn:
+            process = conn.popen(["sh", "-c", "echo up; exec sleep 300"])
+            assert process.stdout.readline() == b"up\n"
+            agent.process.send_signal(signal.SIGUSR1)
+            assert conn.lifetime_expired.wait(DEADLINE)
+            agent.process.kill()
+            with pytest.raises(ConnectionLost):
+                process.wait(DEADLINE)
+
+
+def test_a_client_behind_a_listener_takes_all_that_it_started_with_it(
+    tmp_path: Path, listener: ReverseListener
+) -> None:
+    with dialling(tmp_path, listener.port, "--keep-alive", "--", "sh", "-c", "echo up; exec sleep 300") as agent:
+        listener.wait_for("box", DEADLINE)
+        conn = AgentConn.dial(f"ws://127.0.0.1:{listener.port}/agents/box/ws", TOKEN)
+        script = (
+            f"trap 'touch {tmp_path}/hung-up; exit 1' HUP; setsid sleep 300 & echo $!; while :; do sleep 0.02; done"
+        )
+        child = int(conn.popen(["sh", "-c", script]).stdout.readline())
+        assert conn.attach().stdout.readline() == b"up\n"
+        conn.close()
+        agent.wait_for_log("exec ended: exit code 1 ")
+        agent.wait_for_log("attach ended")
+        assert (tmp_path / "hung-up").exists()
+        deadline = time.monotonic() + DEADLINE
+        while os.path.exists(f"/proc/{child}"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
