@@ -1077,6 +1077,17 @@ def set_up_logging(config: Config) -> None:
     logging.getLogger("sockerless.websockets").setLevel(logging.WARNING)
 
 
+def forget_coerced_locale() -> None:
+    """Take back the LC_CTYPE that Python sets for itself where the locale is C (PEP 538): it is no command's."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            given = file.read().split(b"\0")
+    except OSError:
+        return
+    if not any(variable.startswith(b"LC_CTYPE=") for variable in given):
+        os.environ.pop("LC_CTYPE", None)
+
+
 def log_thread_failure(failure: threading.ExceptHookArgs) -> None:
     """What ends a thread of the library's goes to the log, and not around it."""
     if failure.exc_value is not None:
@@ -4739,12 +4750,13 @@ def ensure_standard_descriptors() -> None:
     Else the next pipe would get its number, and posix_spawn's dup2 would take
     it for the child's end.
     """
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            return
-        os.set_inheritable(fd, True)
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            assert opened == fd  # open(2) gives the lowest that is free
+            os.set_inheritable(fd, True)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -4762,6 +4774,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(EXIT_FAILURE if fault else 0)
     set_up_logging(config)
     threading.excepthook = log_thread_failure
+    forget_coerced_locale()
     hide_secrets([config.token, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
     try:
         code = Agent(config).run()

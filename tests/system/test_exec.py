@@ -384,3 +384,14 @@ def test_a_message_of_8_mib_arrives_fragmented_or_not(client: RawClient) -> None
         session.close_stdin()
         assert session.wait() == 0
         assert session.stdout.split()[0].decode() == hashlib.sha256(bytes(6 << 20)).hexdigest()
+
+
+def test_the_environment_is_the_images_and_nothing_is_added_but_the_mark(
+    start_agent: Callable[..., Agent], connect: Callable[..., RawClient]
+) -> None:
+    # Where the locale is C, Python would set LC_CTYPE for itself, and so for every command.
+    agent = start_agent(prefix=("env", "-i", "PATH=/usr/bin:/bin", "A=b"), token="")
+    names = [line.partition("=")[0] for line in connect(agent, token="").output("env").splitlines()]
+    assert sorted(names) == ["A", "PATH", "SOCKERLESS_AGENT_SESSION"]
+    agent = start_agent(prefix=("env", "-i", "PATH=/usr/bin:/bin", "LC_CTYPE=C.UTF-8"), token="")
+    assert "LC_CTYPE=C.UTF-8\n" in connect(agent, token="").output("env")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import websockets.sync.client
 import websockets.sync.server
-from support import DEADLINE
+from support import DEADLINE, eventually
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame
 from websockets.protocol import OPEN, Protocol
@@ -220,8 +220,12 @@ def test_the_receiver_hands_every_frame_to_process_event(serve_one: Serve) -> No
     client.send("text")
     assert client.recv(DEADLINE) == "text"
     assert client.ping(b"are you there").wait(DEADLINE)
-    frames = [event for event in connection.events if isinstance(event, Frame)]
-    assert [bytes(frame.data) for frame in frames] == [b"text", b"are you there"]
+
+    def frames() -> list[bytes]:
+        return [bytes(event.data) for event in connection.events if isinstance(event, Frame)]
+
+    eventually(lambda: len(frames()) == 2, "the ping's event, which comes behind the pong")
+    assert frames() == [b"text", b"are you there"]
     assert connection.recv_events_thread.is_alive()
     client.close()
     connection.recv_events_thread.join(DEADLINE)
