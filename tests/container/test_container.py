@@ -20,7 +20,8 @@ from support import eventually, need, need_root
 import agent_client
 from agent_client import AgentConn, SessionError
 
-pytestmark = [pytest.mark.root, pytest.mark.container]
+# One group: whoever runs one of these has built the images for all.
+pytestmark = [pytest.mark.root, pytest.mark.container, pytest.mark.xdist_group("container")]
 
 ROOT = Path(agent_client.__file__).resolve().parent
 PATIENCE = 100.0  # seconds

@@ -158,24 +158,25 @@ def test_the_token_and_the_callback_url_are_in_no_child_and_no_listing(
     start_agent: Callable[..., Agent], connect: Callable[..., RawClient]
 ) -> None:
     # The URL would start reverse mode if it were not empty for the flag: a stale variable must still not leak.
-    agent = start_agent("--keep-alive", "--", "sh", "-c", "env; echo complete")
+    token = "a-token-of-this-test-alone"  # another test's process may show its own
+    agent = start_agent("--keep-alive", "--", "sh", "-c", "env; echo complete", token=token)
     client = connect(agent)
     child = client.output("sh", "-c", "env; cat /proc/self/environ")
     assert "PATH=" in child
-    assert TOKEN not in child
+    assert token not in child
     assert "SOCKERLESS_AGENT_TOKEN" not in child
     main = client.attach()
     assert main.wait() == 0
     assert main.stdout.endswith(b"complete\n")
-    assert TOKEN.encode() not in main.stdout
+    assert token.encode() not in main.stdout
     for name in ("environ", "cmdline"):
         text = Path(f"/proc/{agent.pid}/{name}").read_bytes()
         assert text
-        assert TOKEN.encode() not in text
+        assert token.encode() not in text
     # The same to whoever looks from inside.
     seen = client.output("sh", "-c", f"cat /proc/{agent.pid}/environ /proc/{agent.pid}/cmdline; ps axeww")
     assert "PATH=" in seen
-    assert TOKEN not in seen
+    assert token not in seen
 
 
 def test_the_token_of_a_file_is_in_no_child(
