@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import TOKEN, Agent, RawClient
+from support import Agent, RawClient
 
 # Exit codes.
 
