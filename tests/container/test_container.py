@@ -21,10 +21,15 @@ import agent_client
 from agent_client import AgentConn, SessionError
 
 # One group: whoever runs one of these has built the images for all.
-pytestmark = [pytest.mark.root, pytest.mark.container, pytest.mark.xdist_group("container")]
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.container,
+    pytest.mark.xdist_group("container"),
+    pytest.mark.timeout(600),  # the first one waits for the images
+]
 
 ROOT = Path(agent_client.__file__).resolve().parent
-PATIENCE = 100.0  # seconds
+PATIENCE = 300.0  # seconds
 # What the limits of the machines that these run on leave: no network of a container's own, and few descriptors.
 PODMAN = ("podman", "--runtime", "runc", "--storage-driver=vfs")
 RUN = ("--network=none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
