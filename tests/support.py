@@ -11,6 +11,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -466,6 +467,9 @@ class RawClient:
 
     def cut(self) -> None:
         """Lose the connection, as when a machine dies: no close frame, and RST if anything is unread."""
+        with contextlib.suppress(OSError):
+            # Wakes a thread that is in sendall() and has the lock that close_socket() needs.
+            self.ws.socket.shutdown(socket.SHUT_RDWR)
         self.ws.close_socket()
 
 
