@@ -84,6 +84,7 @@ import termios
 import threading
 import time
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
@@ -100,7 +101,7 @@ from websockets.server import ServerProtocol
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.connection import Connection as WebSocket
 from websockets.sync.server import ServerConnection, serve
-from websockets.typing import BytesLike
+from websockets.typing import BytesLike, Subprotocol
 from websockets.uri import parse_uri
 
 try:  # the C helper that websockets itself prefers
@@ -166,13 +167,27 @@ class MessageError(AgentError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exec:
-    """Start a command as session ``id``. ``env`` holds ``K=V`` strings."""
+    """Start a command as session ``id``. ``env`` holds ``K=V`` strings.
+
+    Attributes:
+        user: ``name``, ``uid``, ``name:group`` or ``uid:gid``; "" for the agent's own.
+        width, height: the terminal's size from its first byte, 0 for the default.
+        no_stdin: stdin is empty.
+        window: version 2: bytes that the client holds unacknowledged.
+        detach: version 2: the session outlives its connection.
+    """
 
     id: str
     cmd: tuple[str, ...]
     env: tuple[str, ...] = ()
     workdir: str = ""
     tty: bool = False
+    user: str = ""
+    width: int = 0
+    height: int = 0
+    no_stdin: bool = False
+    window: int = 0
+    detach: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -180,6 +195,7 @@ class Attach:
     """Attach to the main process: replay, then live output."""
 
     id: str
+    window: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -262,17 +278,81 @@ class LifetimeExpired:
     """The platform is about to end this agent."""
 
 
-Request = Exec | Attach | Stdin | CloseStdin | Signal | Resize | End
-Event = Output | Exit | Error | LifetimeExpired
+@dataclasses.dataclass(frozen=True, slots=True)
+class Started:
+    """Version 2: the command runs.
+
+    Attributes:
+        secret: what a Resume must show.
+    """
+
+    id: str
+    pid: int
+    secret: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ack:
+    """Version 2: so many bytes of a session's output, or of its stdin, have been consumed."""
+
+    id: str
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resume:
+    """Version 2: take a session over on this connection; the client has its output up to ``offset``."""
+
+    id: str
+    secret: str
+    offset: int
+    window: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resumed:
+    """Version 2: output goes on from ``offset``; the agent has stdin up to ``stdin``."""
+
+    id: str
+    offset: int
+    stdin: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lost:
+    """Version 2: an attached client fell behind the replay log: these bytes are missing before ``offset``."""
+
+    id: str
+    offset: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ListSessions:
+    """Version 2: ask for a list of what runs."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sessions:
+    """Version 2: what runs; each has ``id``, ``pid``, ``cmd``, ``tty``, ``detached``, ``connected``, ``code``."""
+
+    sessions: tuple[dict[str, Any], ...]
+
+
+# What is said to a session that runs.
+ToSession = Stdin | CloseStdin | Signal | Resize | End | Ack
+Request = Exec | Attach | ToSession | Resume | ListSessions
+Event = Output | Exit | Error | LifetimeExpired | Started | Ack | Resumed | Lost | Sessions
 _T = TypeVar("_T")
 
 
 class _Fields:
     """Typed access to one decoded JSON object; each refusal names the field."""
 
-    def __init__(self, fields: dict[str, Any], kind: str) -> None:
+    def __init__(self, fields: dict[str, Any], kind: str, version: int = 1) -> None:
         self.fields = fields
         self.kind = kind
+        self.version = version  # of the protocol: version 1 ignores what version 2 has added
         session_id = fields.get("id")
         self.id = session_id if isinstance(session_id, str) and _is_unicode(session_id) else ""
 
@@ -291,8 +371,14 @@ class _Fields:
     def text(self, name: str) -> str:
         return self._get(name, str, "a string", "")
 
-    def boolean(self, name: str) -> bool:
-        return self._get(name, bool, "a boolean", False)
+    def boolean(self, name: str, default: bool = False) -> bool:
+        return self._get(name, bool, "a boolean", default)
+
+    def count(self, name: str) -> int:
+        value = self.integer(name)
+        if value < 0:
+            raise self.error(f"field {name!r} must not be negative")
+        return value
 
     def integer(self, name: str) -> int:
         return self._get(name, int, "an integer", 0)
@@ -303,6 +389,12 @@ class _Fields:
             if not isinstance(value, str):
                 raise self.error(f"field {name!r} must hold strings only, not {_json_type(value)}")
         return tuple(values)
+
+    def objects(self, name: str) -> list[dict[str, Any]]:
+        values = self._get(name, list, "an array of objects", [])
+        if not all(isinstance(value, dict) for value in values):
+            raise self.error(f"field {name!r} must hold objects only")
+        return values
 
     def system_text(self, name: str, value: str) -> str:
         """Check a string that goes to execve(2): no NUL, and it has bytes."""
@@ -340,7 +432,7 @@ def _json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _load(text: str) -> _Fields:
+def _load(text: str, version: int) -> _Fields:
     try:
         fields = json.loads(text)
     except RecursionError:
@@ -352,7 +444,7 @@ def _load(text: str) -> _Fields:
     kind = fields.get("type")
     if not isinstance(kind, str):
         raise _Fields(fields, "message").error("field 'type' is missing or not a string")
-    return _Fields(fields, kind[:64])
+    return _Fields(fields, kind[:64], version)
 
 
 def _decode_exec(fields: _Fields) -> Exec:
@@ -365,7 +457,25 @@ def _decode_exec(fields: _Fields) -> Exec:
         if item.find("=") < 1:
             raise fields.error(f"field 'env' must hold K=V strings, not {item[:80]!r}")
     workdir = fields.system_text("workdir", fields.text("workdir"))
-    return Exec(session_id, cmd, env, workdir, fields.boolean("tty"))
+    if fields.version == 1:
+        return Exec(session_id, cmd, env, workdir, fields.boolean("tty"))
+    width, height = fields.integer("width"), fields.integer("height")
+    for name, value in (("width", width), ("height", height)):
+        if not 0 <= value <= 0xFFFF:
+            raise fields.error(f"field {name!r} must be from 0 to 65535, not {value}")
+    return Exec(
+        session_id,
+        cmd,
+        env,
+        workdir,
+        fields.boolean("tty"),
+        fields.system_text("user", fields.text("user")),
+        width,
+        height,
+        not fields.boolean("stdin", True),
+        fields.count("window"),
+        fields.boolean("detach"),
+    )
 
 
 def _decode_signal(fields: _Fields) -> Signal:
@@ -389,12 +499,21 @@ def _decode_resize(fields: _Fields) -> Resize:
 
 _REQUESTS: dict[str, Callable[[_Fields], Request]] = {
     "exec": _decode_exec,
-    "attach": lambda fields: Attach(fields.session_id()),
+    "attach": lambda fields: Attach(fields.session_id(), fields.count("window") if fields.version > 1 else 0),
     "stdin": lambda fields: Stdin(fields.session_id(), fields.data()),
     "close_stdin": lambda fields: CloseStdin(fields.session_id()),
     "end": lambda fields: End(fields.session_id()),
     "signal": _decode_signal,
     "resize": _decode_resize,
+}
+
+_REQUESTS_2: dict[str, Callable[[_Fields], Request]] = {
+    **_REQUESTS,
+    "ack": lambda fields: Ack(fields.session_id(), fields.count("offset")),
+    "resume": lambda fields: Resume(
+        fields.session_id(), fields.text("secret"), fields.count("offset"), fields.count("window")
+    ),
+    "sessions": lambda fields: ListSessions(),
 }
 
 _EVENTS: dict[str, Callable[[_Fields], Event]] = {
@@ -405,28 +524,37 @@ _EVENTS: dict[str, Callable[[_Fields], Event]] = {
     "lifetime_expired": lambda fields: LifetimeExpired(),
 }
 
+_EVENTS_2: dict[str, Callable[[_Fields], Event]] = {
+    **_EVENTS,
+    "started": lambda fields: Started(fields.session_id(), fields.integer("pid"), fields.text("secret")),
+    "ack": lambda fields: Ack(fields.session_id(), fields.count("offset")),
+    "resumed": lambda fields: Resumed(fields.session_id(), fields.count("offset"), fields.count("stdin")),
+    "lost": lambda fields: Lost(fields.session_id(), fields.count("offset"), fields.count("bytes")),
+    "sessions": lambda fields: Sessions(tuple(fields.objects("sessions"))),
+}
 
-def decode_request(text: str) -> Request:
+
+def decode_request(text: str, version: int = 1) -> Request:
     """Decode what a client sent to an agent.
 
     Raises:
         MessageError: if the message makes no sense; says which field, and why.
     """
-    fields = _load(text)
-    decode = _REQUESTS.get(fields.kind)
+    fields = _load(text, version)
+    decode = (_REQUESTS if version == 1 else _REQUESTS_2).get(fields.kind)
     if decode is None:
         raise MessageError(f"unknown message type {fields.kind!r}", fields.id)
     return decode(fields)
 
 
-def decode_event(text: str) -> Event | None:
+def decode_event(text: str, version: int = 1) -> Event | None:
     """Decode what an agent sent to a client; None for a type that is not known.
 
     Raises:
         MessageError: if the message makes no sense; says which field, and why.
     """
-    fields = _load(text)
-    decode = _EVENTS.get(fields.kind)
+    fields = _load(text, version)
+    decode = (_EVENTS if version == 1 else _EVENTS_2).get(fields.kind)
     return decode(fields) if decode is not None else None
 
 
@@ -440,9 +568,16 @@ _TYPE_NAMES: dict[type, str] = {
     Exit: "exit",
     Error: "error",
     LifetimeExpired: "lifetime_expired",
+    Started: "started",
+    Ack: "ack",
+    Resume: "resume",
+    Resumed: "resumed",
+    Lost: "lost",
+    ListSessions: "sessions",
+    Sessions: "sessions",
 }
 # Fields that a peer must see even when they hold their zero value.
-_ALWAYS = frozenset({"id", "code", "cmd", "message", "signal", "width", "height"})
+_ALWAYS = frozenset({"id", "code", "cmd", "message", "signal", "offset", "stdin", "sessions"})
 
 
 def encode(message: Request | Event) -> bytes:
@@ -456,7 +591,10 @@ def encode(message: Request | Event) -> bytes:
     fields: dict[str, object] = {"type": _TYPE_NAMES[type(message)]}
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
-        if value or field.name in _ALWAYS:
+        if field.name == "no_stdin":
+            if value:
+                fields["stdin"] = False
+        elif value or field.name in _ALWAYS or isinstance(message, Resize):
             fields[field.name] = value
     if not fields.get("id", "-"):
         del fields["id"]  # connection-level: absent, not empty
@@ -471,6 +609,35 @@ def data_prefix(stream: Stream, session_id: str) -> bytes:
 def encode_data(prefix: bytes, data: BytesLike) -> list[bytes]:
     """Encode a data message as buffers to be sent one after the other."""
     return [prefix, binascii.b2a_base64(data, newline=False), b'"}']
+
+
+SUBPROTOCOL = Subprotocol("sockerless-agent.v2")
+
+
+def data_frame_prefix(stream: Stream, session_id: str) -> bytes:
+    """What stands before the bytes in every binary frame of a stream, version 2.
+
+    Raises:
+        ValueError: if the id has more than 255 bytes.
+    """
+    encoded = session_id.encode()
+    return bytes((stream, len(encoded))) + encoded
+
+
+def decode_data_frame(frame: bytes) -> tuple[Stream, str, memoryview]:
+    """Decode a binary frame of version 2: its stream, session id and bytes, which are not copied.
+
+    Raises:
+        MessageError: if it makes no sense.
+    """
+    try:
+        stream, length = Stream(frame[0]), frame[1]
+        session_id = frame[2 : 2 + length].decode()
+    except (ValueError, IndexError):
+        raise MessageError("data frame: no stream, or an id that is not UTF-8") from None
+    if not length or len(frame) < 2 + length:
+        raise MessageError("data frame: the id is missing or cut off")
+    return stream, session_id, memoryview(frame)[2 + length :]
 
 
 def frame_header(opcode: int, length: int, mask: bytes = b"") -> bytes:
@@ -637,6 +804,7 @@ class Config:
     max_sessions: int = 1024
     max_total_sessions: int = 4096
     stdin_limit: int = 256 << 20
+    resume_window: float = 60.0
     ping_interval: float = 20.0
     ping_timeout: float = 60.0
 
@@ -859,6 +1027,8 @@ OPTIONS = (
     Option("max-sessions", _parse_count, "N", "sessions on one connection (default: 1024)"),
     Option("max-total-sessions", _parse_count, "N", "sessions on all connections (default: 4096)"),
     Option("stdin-limit", parse_size, "SIZE", "stdin that may wait for one command to read it (default: 256MiB)"),
+    Option("resume-window", parse_duration, "DURATION",
+           "how long a session outlives its connection, for a client that can resume it (default: 60s)"),
     Option("ping-interval", _parse_positive_duration, "DURATION", "time between two pings (default: 20s)"),
     Option("ping-timeout", _parse_positive_duration, "DURATION",
            "silence, at the TCP level too, after which a peer counts as gone (default: 60s)"),
@@ -1300,6 +1470,46 @@ class SpawnError(AgentError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Credentials:
+    """As whom a command runs."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+
+
+def find_user(text: str) -> Credentials:
+    """The credentials of ``name``, ``uid``, ``name:group`` or ``uid:gid``, as for ``docker exec --user``.
+
+    A number need not be in /etc/passwd: its group is 0 then, as Docker has it.
+
+    Raises:
+        SpawnError: if there is no such user or group.
+    """
+    import grp
+    import pwd
+
+    name, colon, group = text.partition(":")
+    try:
+        entry = pwd.getpwuid(int(name)) if name.isascii() and name.isdigit() else pwd.getpwnam(name)
+        uid, gid, home = entry.pw_uid, entry.pw_gid, entry.pw_dir or "/"
+        groups = tuple(os.getgrouplist(entry.pw_name, gid))
+    except (KeyError, OverflowError):
+        if not (name.isascii() and name.isdigit() and int(name) < 1 << 32):
+            raise SpawnError(f"no such user: {name[:80]!r}", Reason.START_FAILED) from None
+        uid, gid, groups, home = int(name), 0, (), "/"
+    if colon:
+        try:
+            number = group.isascii() and group.isdigit()
+            gid = int(group) if number and int(group) < 1 << 32 else grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise SpawnError(f"no such group: {group[:80]!r}", Reason.START_FAILED) from None
+        groups = (gid,)
+    return Credentials(uid, gid, groups or (gid,), home)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Command:
     """What to run, resolved: encoded as execve(2) wants it."""
 
@@ -1308,6 +1518,7 @@ class Command:
     env: tuple[bytes, ...]
     workdir: bytes
     cookie: bytes  # the SESSION_VARIABLE entry of its environment
+    credentials: Credentials | None = None
 
 
 def _encode(text: str) -> bytes:
@@ -1315,18 +1526,26 @@ def _encode(text: str) -> bytes:
 
 
 def make_command(
-    cmd: Sequence[str], env: Iterable[str] = (), workdir: str = "", defaults: Mapping[str, str] | None = None
+    cmd: Sequence[str],
+    env: Iterable[str] = (),
+    workdir: str = "",
+    defaults: Mapping[str, str] | None = None,
+    user: str = "",
 ) -> Command:
     """Resolve a command: its environment over the agent's own, its path in the PATH of that.
 
     Args:
         defaults: variables for where neither ``env`` nor the agent has one.
+        user: ``name``, ``uid``, ``name:group`` or ``uid:gid``; its HOME is the user's unless ``env`` has one.
 
     Raises:
-        SpawnError: if the command is not found, or not executable.
+        SpawnError: if the command is not found, or not executable, or there is no such user.
     """
+    credentials = find_user(user) if user else None
     variables = dict(defaults or ())
     variables.update(os.environ)
+    if credentials is not None:
+        variables["HOME"] = credentials.home
     for item in env:
         name, _, value = item.partition("=")
         variables[name] = value
@@ -1341,6 +1560,7 @@ def make_command(
         env=(*encoded, cookie.encode()),
         workdir=_encode(workdir),
         cookie=cookie.encode(),
+        credentials=credentials,
     )
 
 
@@ -1486,6 +1706,67 @@ def _posix_spawn(command: Command, descriptors: Descriptors) -> int:
     return pid.value
 
 
+def _fork_as_user(command: Command, descriptors: Descriptors) -> int:
+    """Start ``command`` as another user and return its PID: posix_spawn(3) cannot.
+
+    A fork of a process with threads. Until execve the child only makes system
+    calls, on values that are there already.
+
+    Raises:
+        SpawnError: if it cannot be started; says why.
+    """
+    who = command.credentials
+    assert who is not None
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads, since 3.12; see above
+        pid = os.fork()
+    if pid == 0:
+        step = 0
+        try:
+            os.setsid()
+            for number in range(1, signal.NSIG):
+                with contextlib.suppress(OSError, ValueError):
+                    signal.signal(number, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+            if descriptors.terminal:
+                terminal = os.open(descriptors.terminal, os.O_RDWR)
+                os.fchown(terminal, who.uid, -1)
+                sources = (terminal, terminal, terminal)
+            else:
+                sources = (descriptors.stdin, descriptors.stdout, descriptors.stderr)
+            for target, source in enumerate(sources):
+                os.dup2(source, target)
+            if _child_limit is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, _child_limit)
+            step = 1
+            os.setgroups(who.groups)
+            os.setresgid(who.gid, who.gid, who.gid)
+            os.setresuid(who.uid, who.uid, who.uid)
+            step = 2
+            if command.workdir:
+                os.chdir(command.workdir)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            os.execve(command.path, command.argv, dict(item.split(b"=", 1) for item in command.env))
+        except BaseException as exc:
+            os.write(writing, struct.pack("ii", step, getattr(exc, "errno", None) or errno.EIO))
+        finally:
+            os._exit(127)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        failure = pipe.read()
+    if not failure:
+        return pid
+    with contextlib.suppress(ChildProcessError):  # the reaper may have been there first
+        os.waitpid(pid, 0)
+    step, error = struct.unpack("ii", failure)
+    if step == 2:
+        raise _explain(command, error)
+    what = "change to the user" if step == 1 else "start"
+    name = command.argv[0].decode("utf-8", "replace")
+    raise SpawnError(f"{name}: cannot {what}: {os.strerror(error).lower()}", Reason.START_FAILED)
+
+
 class Child:
     """A process that this agent started; it leads its own session and process group."""
 
@@ -1568,7 +1849,7 @@ class Reaper:
             self._spawning += 1
         pid = 0
         try:
-            pid = _posix_spawn(command, descriptors)
+            pid = (_posix_spawn if command.credentials is None else _fork_as_user)(command, descriptors)
         except OSError as exc:
             raise SpawnError(f"cannot start: {exc.strerror or exc}", Reason.START_FAILED) from None
         finally:
@@ -2015,6 +2296,7 @@ def read_pipe(fd: int, stream: Stream, sink: Sink, exited: Wakeup, quiet: Quiet,
         on_end()
 
 
+PROGRESS_STEP = 128 << 10  # bytes that a child's stdin takes before its client is told
 HANGUP_PAUSE = 100.0  # milliseconds until a terminal that nobody has open is tried again
 
 
@@ -2041,6 +2323,9 @@ class Input:
         self._exited: Wakeup | None = None
         self._terminal = False
         self._last = b""  # the last byte written
+        self.accepted = 0  # bytes so far that write() took
+        self._told = 0  # bytes so far that a listener knows to be written, or of no use to anybody
+        self._listeners: list[Callable[[int], None]] = []
         self._ending = False  # close after the queue
         self._dead = False  # the child is gone: whatever comes is dropped, as in a broken pipe
         self._writing = False  # a pool thread has the queue
@@ -2066,18 +2351,21 @@ class Input:
             return
         with self._lock:
             if self._dead or self._ending:
+                self.accepted += len(data)
                 return
             if self._queued + len(data) > self.limit:
                 raise InputOverflow(f"the command has not read its stdin: {self._queued} bytes are waiting, "
                                     f"and {self.limit} is the limit")  # fmt: skip
             self._queue.append(data)
             self._queued += len(data)
+            self.accepted += len(data)
             self._last = data[-1:]
             if not self._writing:
                 self._write_some()
             start = self._claim_writer()
         if start:
             self._start_writer()
+        self._tell()
 
     def end(self) -> None:
         """Close stdin once the queue is written; on a terminal, type its end-of-file character."""
@@ -2098,6 +2386,29 @@ class Input:
             self._queue.clear()
             self._queued = 0
             self._close()
+
+    def listen(self, listener: Callable[[int], None]) -> None:
+        """Call ``listener`` with the count of bytes that the child's pipe has taken, now and then."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def written(self) -> int:
+        """Bytes so far that the child's pipe has taken."""
+        with self._lock:
+            return max(self.accepted - self._queued, 0)
+
+    def _tell(self) -> None:
+        """Tell the listeners, if there is enough to tell."""
+        if not self._listeners:
+            return
+        with self._lock:
+            written = max(self.accepted - self._queued, 0)
+            if written == self._told or (self._queue and written - self._told < PROGRESS_STEP):
+                return
+            self._told = written
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener(written)
 
     def _claim_writer(self) -> bool:
         """Whether the caller must start the writer. Holds the lock."""
@@ -2137,8 +2448,10 @@ class Input:
                     self._write_some()
                     if self._dead or not self._queue:
                         return
+                self._tell()
         finally:
             self._stop_writer()
+            self._tell()
 
     def _stop_writer(self, restart: bool = True) -> None:
         assert self._exited is not None
@@ -2403,9 +2716,11 @@ class Channel:
     that: a deployed Go backend drops what exceeds 64 messages a session.
     """
 
-    def __init__(self, outbox: Outbox, session_id: str) -> None:
+    def __init__(self, outbox: Outbox, session_id: str, binary: bool = False) -> None:
         self._outbox = outbox
-        self._prefixes = {stream: data_prefix(stream, session_id) for stream in Stream}
+        self._binary = binary  # data frames of version 2
+        make_prefix = data_frame_prefix if binary else data_prefix
+        self._prefixes = {stream: make_prefix(stream, session_id) for stream in Stream}
         # Guarded by the outbox's lock, as is everything in an outbox.
         self._entries: collections.deque[tuple[Stream | None, bytes]] = collections.deque()
         self._size = 0  # bytes in _entries
@@ -2462,6 +2777,9 @@ class Channel:
         """
         if not self._append(None, encode(message), on_sent) and on_sent is not None:
             on_sent()
+
+    def send_encoded(self, message: bytes) -> None:
+        self._append(None, message)
 
     def discard(self) -> None:
         """Drop what waits: its session has ended."""
@@ -2536,7 +2854,183 @@ class Channel:
         if size < BATCH_SIZE:
             self._budget = max(self._budget - 1, -1.0)
         self._room.notify_all()
-        return _Turn(chunks, size, self._prefixes[stream] if stream is not None else None)
+        return _Turn(chunks, size, self._prefixes[stream] if stream is not None else None, self._binary)
+
+
+DEFAULT_WINDOW_SIZE = 1 << 20  # bytes that a version 2 client holds unacknowledged, unless it says otherwise
+LARGEST_WINDOW = 64 << 20
+
+
+class Flow:
+    """A version 2 session's output: a Sink that keeps what its client has not acknowledged.
+
+    Every byte has an offset, counted from 0 over stdout and stderr together, in
+    the order in which they go out. Past the window nothing is sent and the sink
+    has no room, so that the command waits in its own write and no other session
+    does. A connection may end and another take its place: what is kept is sent
+    again.
+    """
+
+    def __init__(self, window: int) -> None:
+        # Guards the attributes below. Held while something is handed to the
+        # channel, which never waits: offsets are to agree with the order there.
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._channel: Channel | None = None  # None while no connection has the session
+        # In both, None instead of a stream is a message, which takes no offset.
+        self._kept: collections.deque[tuple[Stream | None, bytes]] = collections.deque()  # sent
+        self._unsent: collections.deque[tuple[Stream | None, bytes]] = collections.deque()
+        self._acked = 0  # offset of the first byte in _kept
+        self._sent = 0  # offset of the first byte in _unsent
+        self._end = 0  # offset of the next byte
+        self._window = window
+        self._last: Exit | None = None
+        self._last_sent = False
+        self._closed = False  # nobody will ever read on
+        self._on_room: Callable[[], None] | None = None
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, once the session has ended."""
+        return self._last.code if self._last is not None else None
+
+    def wait_for_room(self) -> bool:
+        with self._lock:
+            self._room.wait_for(self._has_room)
+            return not self._closed
+
+    def _has_room(self) -> bool:
+        return self._closed or self._end - self._acked < self._window
+
+    def call_when_room(self, callback: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._has_room():
+                return True
+            self._on_room = callback
+            return False
+
+    def put(self, stream: Stream, data: bytes) -> None:
+        with self._lock:
+            if not self._closed:
+                self._unsent.append((stream, data))
+                self._end += len(data)
+                self._pass_on()
+
+    def announce_loss(self, session_id: str, lost: int) -> None:
+        """Say at this place that bytes are missing."""
+        with self._lock:
+            self._unsent.append((None, encode(Lost(session_id, self._end, lost))))
+            self._pass_on()
+
+    def send(self, message: Started | Ack) -> None:
+        """Send a message at once; it is not kept."""
+        with self._lock:
+            if self._channel is not None:
+                self._channel.send(message)
+
+    def finish(self, message: Exit) -> None:
+        """Send the exit behind all output, and keep it: the session's last word."""
+        with self._lock:
+            self._last = message
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Hand to the channel what the window allows. Holds the lock."""
+        channel = self._channel
+        if channel is None:
+            return
+        while self._unsent:
+            stream, data = self._unsent[0]
+            if stream is None:
+                channel.send_encoded(data)
+            else:
+                allowed = self._acked + self._window - self._sent
+                if allowed <= 0:
+                    return
+                if len(data) > allowed:
+                    self._unsent[0] = (stream, data[allowed:])
+                    self._unsent.appendleft((stream, data := data[:allowed]))
+                self._sent += len(data)
+                channel.put(stream, data)
+            self._kept.append(self._unsent.popleft())
+        if self._last is not None and not self._last_sent:
+            self._last_sent = True
+            channel.send(self._last)
+
+    def acknowledge(self, offset: int) -> None:
+        """Forget every byte below ``offset``.
+
+        Raises:
+            ValueError: if they have not been sent.
+        """
+        with self._lock:
+            if offset > self._sent:
+                raise ValueError(f"offset {offset} is beyond the {self._sent} bytes that were sent")
+            self._forget(offset)
+            self._pass_on()
+            callback = self._take_callback()
+        if callback is not None:
+            callback()
+
+    def _forget(self, offset: int) -> None:
+        while self._acked < offset:
+            stream, data = self._kept.popleft()
+            if stream is None:
+                continue
+            keep = self._acked + len(data) - offset
+            if keep > 0:
+                self._kept.appendleft((stream, data[-keep:]))
+                self._acked = offset
+            else:
+                self._acked += len(data)
+
+    def _take_callback(self) -> Callable[[], None] | None:
+        """Who waits for room, if there is some. Holds the lock."""
+        if not self._has_room():
+            return None
+        self._room.notify_all()
+        callback, self._on_room = self._on_room, None
+        return callback
+
+    def connect(self, channel: Channel, message: Resumed | None = None, window: int = 0) -> None:
+        """Send through ``channel`` from now on, and first, behind ``message``, what the client does not have.
+
+        Raises:
+            ValueError: if its offset is of bytes that are kept no longer, or were never sent.
+        """
+        with self._lock:
+            if message is not None:
+                if not self._acked <= message.offset <= self._sent:
+                    raise ValueError(f"offset {message.offset} is not from {self._acked} to {self._sent}")
+                self._forget(message.offset)
+                self._unsent.extendleft(reversed(self._kept))
+                self._kept.clear()
+                self._sent = self._acked
+                self._last_sent = False
+                self._window = window
+                channel.send(message)
+            self._channel = channel
+            self._pass_on()
+            callback = self._take_callback()
+        if callback is not None:
+            callback()
+
+    def disconnect(self, channel: Channel) -> None:
+        """The connection has ended, unless another has taken its place already."""
+        with self._lock:
+            if self._channel is channel:
+                self._channel = None
+
+    def close(self) -> None:
+        """Nobody reads on: let everybody go who waits."""
+        with self._lock:
+            self._closed = True
+            self._channel = None
+            self._kept.clear()
+            self._unsent.clear()
+            callback = self._take_callback()
+        if callback is not None:
+            callback()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -2546,8 +3040,11 @@ class _Turn:
     chunks: list[bytes]
     size: int
     prefix: bytes | None  # of a data message; None for a message that is encoded already
+    binary: bool = False
 
     def frame(self, masked: bool) -> list[BytesLike]:
+        if self.binary and self.prefix is not None:
+            return make_frame(Opcode.BINARY, [self.prefix, *self.chunks], masked)
         data = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
         payload = [data] if self.prefix is None else encode_data(self.prefix, data)
         return make_frame(Opcode.TEXT, payload, masked)
@@ -2895,6 +3392,7 @@ class Process:
         env: Sequence[str] = (),
         workdir: str = "",
         defaults: Mapping[str, str] | None = None,
+        user: str = "",
     ) -> None:
         """Start the process, see make_command(). Output flows once pump() is called, too.
 
@@ -2902,7 +3400,7 @@ class Process:
             SpawnError: if it cannot be started; nothing is left behind then.
         """
         try:
-            command = make_command(cmd, env, workdir, defaults)
+            command = make_command(cmd, env, workdir, defaults, user)
             if self.tty:
                 self._start_on_terminal(command)
             else:
@@ -3093,41 +3591,52 @@ class Session(Protocol):
 class ExecSession:
     """A command that a client started."""
 
-    def __init__(self, runtime: Runtime, host: SessionHost, request: Exec) -> None:
+    def __init__(self, runtime: Runtime, host: SessionHost, request: Exec, sink: Sink | None = None) -> None:
         self.id = request.id
+        self.host = host
+        self.channel = host.open_channel(request.id)
         self._request = request
-        self._host = host
         self._runtime = runtime
-        self._channel = host.open_channel(request.id)
-        self._process = Process(runtime, self._channel, self._finished, tty=request.tty)
+        self._process = Process(runtime, sink or self.channel, self._finished, tty=request.tty)
 
     def run(self) -> None:
         """Start the command and read its stdout, in a pool thread."""
         request = self._request
+        if request.width and request.height:
+            self._process.resize(request.width, request.height)
         try:
             # As Docker does: a terminal has a TERM, and the request's or the image's wins.
             defaults = {"TERM": "xterm"} if request.tty else None
-            self._process.start(request.cmd, request.env, request.workdir, defaults)
+            self._process.start(request.cmd, request.env, request.workdir, defaults, request.user)
         except SpawnError as exc:
-            self._channel.send(Error(self.id, str(exc), exc.reason), lambda: self._host.forget(self))
+            self._not_started(exc)
             log.info("exec failed: %s", exc, extra={"session": self.id})
             return
+        if request.no_stdin and not request.tty:
+            self._process.input.end()
+        self._started()
         log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra={"session": self.id})
         self._process.pump()
+
+    def _started(self) -> None:
+        """The command runs."""
+
+    def _not_started(self, error: SpawnError) -> None:
+        self.channel.send(Error(self.id, str(error), error.reason), lambda: self.host.forget(self))
 
     def _finished(self, code: int) -> None:
         log.info("exec ended: exit code %d", code, extra={"session": self.id})
         # The id is free once its exit is on its way: another session's output must not come before it.
-        self._channel.send(Exit(self.id, code), lambda: self._host.forget(self))
+        self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
 
     def write(self, data: bytes) -> None:
-        self._channel.refill()
+        self.channel.refill()
         try:
             self._process.input.write(data)
         except InputOverflow as exc:
             # Version 1 has no flow control. A gap in stdin would be silent
             # damage, so the command ends, and its client is told why.
-            self._host.send(Error(self.id, f"stdin: {exc}; the command is killed", Reason.STDIN_OVERFLOW))
+            self.host.send(Error(self.id, f"stdin: {exc}; the command is killed", Reason.STDIN_OVERFLOW))
             log.warning("exec killed: %s", exc, extra={"session": self.id})
             self._process.input.discard()
             try:
@@ -3280,39 +3789,39 @@ class AttachSession:
 
     def __init__(self, host: SessionHost, request: Attach, main: MainProcess) -> None:
         self.id = request.id
-        self._host = host
+        self.host = host
         self._main = main
-        self._channel = host.open_channel(request.id)
+        self.channel = host.open_channel(request.id)
         self._cursor = main.log.follow()
         self._left = False  # written before the cursor is closed
 
     def run(self) -> None:
         """Copy the log to the client until it ends or the client leaves, in a pool thread."""
         log.info("attach started", extra={"session": self.id})
-        while self._channel.wait_for_room() and (part := self._cursor.read()) is not None:
+        while self.channel.wait_for_room() and (part := self._cursor.read()) is not None:
             if part.lost:
                 self._report_loss(part.lost)
             for stream, data in part.chunks:
-                self._channel.put(stream, data)
+                self.channel.put(stream, data)
         self._cursor.close()
         code = self._main.code
         if code is not None and not self._left:
-            self._channel.send(Exit(self.id, code), lambda: self._host.forget(self))
+            self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
         else:  # the client has left, and the main process goes on
-            self._host.forget(self)
+            self.host.forget(self)
         log.info("attach ended", extra={"session": self.id})
 
     def _report_loss(self, lost: int) -> None:
         log.warning("attach lost %d bytes: the client reads too slowly", lost, extra={"session": self.id})
         stream = Stream.STDOUT if self._main.tty else Stream.STDERR
-        self._channel.send(Output(self.id, stream, describe_loss(lost, self._main.log.capacity), lost))
+        self.channel.send(Output(self.id, stream, describe_loss(lost, self._main.log.capacity), lost))
 
     def write(self, data: bytes) -> None:
-        self._channel.refill()
+        self.channel.refill()
         try:
             self._main.input.write(data)
         except InputOverflow as exc:
-            self._host.send(Error(self.id, f"stdin: {exc}; {len(data)} bytes were refused", Reason.STDIN_OVERFLOW))
+            self.host.send(Error(self.id, f"stdin: {exc}; {len(data)} bytes were refused", Reason.STDIN_OVERFLOW))
 
     def end_input(self) -> None:
         self._main.input.end()
@@ -3330,6 +3839,117 @@ class AttachSession:
         self._left = True
         self._cursor.close()
         return None
+
+
+class FlowSession(Protocol):
+    """A session of a version 2 client: with flow control, and a life beyond its connection."""
+
+    id: str
+    host: SessionHost  # this and the channel are guarded by the registry's lock, once it is registered
+    channel: Channel
+    secret: str
+    flow: Flow
+    received: int  # bytes of stdin so far
+
+    def acknowledge_stdin(self) -> None:
+        """Tell the client how much of its stdin has been consumed: it may have missed that."""
+
+    def leave(self) -> Child | None: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the list of sessions says of it."""
+
+
+def _window_of(request: Exec | Attach | Resume) -> int:
+    return min(request.window or DEFAULT_WINDOW_SIZE, LARGEST_WINDOW)
+
+
+class FlowExecSession(ExecSession):
+    """A command of a version 2 client."""
+
+    def __init__(self, runtime: Runtime, host: SessionHost, request: Exec) -> None:
+        self.secret = secrets.token_hex(16)
+        self.received = 0  # the connection thread's alone
+        self.flow = Flow(_window_of(request))
+        super().__init__(runtime, host, request, self.flow)
+        self.flow.connect(self.channel)
+        self._process.input.listen(self._stdin_written)
+
+    def _started(self) -> None:
+        self.flow.send(Started(self.id, self._process.pid, self.secret))
+
+    def _finished(self, code: int) -> None:
+        log.info("exec ended: exit code %d", code, extra={"session": self.id})
+        self.flow.finish(Exit(self.id, code))  # and kept, until its client says that it has it
+
+    def _stdin_written(self, count: int) -> None:
+        self.host.send(Ack(self.id, count))
+
+    def acknowledge_stdin(self) -> None:
+        self.flow.send(Ack(self.id, self._process.input.written()))
+
+    def write(self, data: bytes) -> None:
+        self.received += len(data)
+        super().write(data)
+
+    def end(self) -> None:
+        if self.flow.code is not None:
+            self.host.forget(self)
+        else:
+            super().end()
+
+    def leave(self) -> Child | None:
+        self.flow.close()
+        return super().leave()
+
+    def describe(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"id": self.id, "pid": self._process.pid, "cmd": list(self._request.cmd)}
+        return state | {"tty": self._request.tty} | ({"code": self.flow.code} if self.flow.code is not None else {})
+
+
+class FlowAttachSession(AttachSession):
+    """A version 2 client's view of the main process."""
+
+    def __init__(self, host: SessionHost, request: Attach, main: MainProcess) -> None:
+        super().__init__(host, request, main)
+        self.secret = secrets.token_hex(16)
+        self.received = 0  # the connection thread's alone
+        self.flow = Flow(_window_of(request))
+        self.flow.connect(self.channel)
+
+    def run(self) -> None:
+        log.info("attach started", extra={"session": self.id})
+        self.flow.send(Started(self.id, self._main.pid, self.secret))
+        while self.flow.wait_for_room() and (part := self._cursor.read(FIRST_READ)) is not None:
+            if part.lost:
+                log.warning("attach lost %d bytes: the client reads too slowly", part.lost, extra={"session": self.id})
+                self.flow.announce_loss(self.id, part.lost)
+            for stream, data in part.chunks:
+                self.flow.put(stream, data)
+        self._cursor.close()
+        code = self._main.code
+        if code is not None and not self._left:
+            self.flow.finish(Exit(self.id, code))
+        log.info("attach ended", extra={"session": self.id})
+
+    def write(self, data: bytes) -> None:
+        self.received += len(data)
+        super().write(data)
+        self.host.send(Ack(self.id, self.received))
+
+    def acknowledge_stdin(self) -> None:
+        self.flow.send(Ack(self.id, self.received))
+
+    def end(self) -> None:
+        self.leave()
+        self.host.forget(self)
+
+    def leave(self) -> Child | None:
+        self.flow.close()
+        return super().leave()
+
+    def describe(self) -> dict[str, Any]:
+        return {"id": self.id, "pid": self._main.pid, "cmd": [], "tty": self._main.tty}
 
 
 class OutputCopier:
@@ -3828,6 +4448,10 @@ class SessionRegistry:
         self._peers: set[Peer] = set()
         self._expired = False
         self._refusal = ""
+        self._resumable: dict[str, FlowSession] = {}  # by secret
+        self._parked: dict[FlowSession, float] = {}  # without a connection, and when that is to end
+        self._parking = threading.Condition(self._lock)  # the thread that ends them waits here
+        self._parking_started = False
 
     @property
     def refusal(self) -> str:
@@ -3866,6 +4490,84 @@ class SessionRegistry:
         with self._lock:
             return list(self._peers)
 
+    def register(self, session: FlowSession) -> None:
+        """A version 2 session begins: whoever has its secret may resume it."""
+        with self._lock:
+            self._resumable[session.secret] = session
+
+    def describe_sessions(self) -> tuple[dict[str, Any], ...]:
+        with self._lock:
+            found = [(session, session not in self._parked) for session in self._resumable.values()]
+        return tuple({**session.describe(), "connected": connected} for session, connected in found)
+
+    def park(self, session: FlowSession, channel: Channel, window: float, end: Callable[[Child], None]) -> None:
+        """A session's connection has ended: keep it for ``window`` seconds, unless another connection has it already.
+
+        Raises:
+            RuntimeError: if the system refuses the thread that ends it.
+        """
+        with self._lock:
+            if session.channel is not channel or session.secret not in self._resumable:
+                return
+            if not self._parking_started:
+                threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
+                self._parking_started = True
+            session.host = self
+            session.flow.disconnect(channel)
+            self._parked[session] = time.monotonic() + window
+            self._parking.notify()
+
+    def claim(self, request: Resume, host: SessionHost, channel: Channel) -> tuple[FlowSession, SessionHost]:
+        """Give a session to another connection; returns it and who had it.
+
+        Raises:
+            LookupError: if there is none with this id and secret.
+        """
+        with self._lock:
+            session = self._resumable.get(request.secret)
+            if session is None or session.id != request.id:
+                raise LookupError("no session to resume: its id or secret is wrong, or its time is over")
+            before, session.host, session.channel = session.host, host, channel
+            self._parked.pop(session, None)
+            return session, before
+
+    def unregister(self, session: Session) -> None:
+        with self._lock:
+            self._resumable.pop(getattr(session, "secret", ""), None)
+
+    # What a parked session uses: SessionHost.
+
+    def open_channel(self, session_id: str) -> Channel:
+        raise AssertionError("a parked session has no connection")
+
+    def send(self, message: Event) -> None:
+        """Nobody is there: what is worth keeping, its flow keeps."""
+
+    def forget(self, session: Session) -> None:
+        with self._lock:
+            if self._resumable.pop(getattr(session, "secret", ""), None) is None:
+                return
+            self._parked.pop(cast(FlowSession, session), None)
+            self._count -= 1
+
+    def _end_parked(self, end: Callable[[Child], None]) -> None:
+        while True:
+            with self._lock:
+                now = time.monotonic()
+                over = [session for session, until in self._parked.items() if until <= now]
+                if not over:
+                    self._parking.wait(min(self._parked.values(), default=math.inf) - now if self._parked else None)
+                    continue
+                for session in over:
+                    del self._parked[session]
+                    del self._resumable[session.secret]
+                self._count -= len(over)
+            for session in over:
+                log.warning("nobody resumed the session in time: it is ended", extra={"session": session.id})
+                child = session.leave()
+                if child is not None:
+                    end(child)
+
     def take_place(self) -> None:
         """Count one more session.
 
@@ -3897,6 +4599,7 @@ class Peer:
         name: str,
     ) -> None:
         self.name = name  # for the log
+        self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
         self._runtime = runtime
         self._connection = connection
         self._registry = registry
@@ -3945,15 +4648,21 @@ class Peer:
     # What sessions use: SessionHost.
 
     def open_channel(self, session_id: str) -> Channel:
-        return Channel(self._connection.outbox, session_id)
+        return Channel(self._connection.outbox, session_id, binary=self.version == 2)
 
     def forget(self, session: Session) -> None:
+        if self.drop(session):
+            self._registry.unregister(session)
+            self._registry.give_place()
+
+    def drop(self, session: Session) -> bool:
+        """The session is no longer this connection's; False if it was not."""
         with self._lock:
             if self._sessions.get(session.id) is not session:
-                return
+                return False
             del self._sessions[session.id]
             self._remember(session.id)
-        self._registry.give_place()
+            return True
 
     def _remember(self, session_id: str) -> None:
         """Late messages for this id are to be expected. Holds the lock."""
@@ -3968,15 +4677,19 @@ class Peer:
 
     def _receive(self, message: str | bytes) -> None:
         if not isinstance(message, str):
-            self._refuse("", "binary messages need protocol version 2", Reason.BAD_MESSAGE)
+            self._receive_data(message)
             return
         try:
-            request = decode_request(message)
+            request = decode_request(message, self.version)
         except MessageError as exc:
             self._refuse(exc.id, str(exc), Reason.BAD_MESSAGE)
             return
         if isinstance(request, Exec | Attach):
             self._start(request)
+        elif isinstance(request, ListSessions):
+            self.send(Sessions(self._registry.describe_sessions()))
+        elif isinstance(request, Resume):
+            self._resume(request)
         else:
             with self._lock:
                 session = self._sessions.get(request.id)
@@ -3986,18 +4699,68 @@ class Peer:
             elif not ended:  # what is late for an ended session is harmless
                 self._refuse(request.id, f"no session has the id {request.id[:80]!r}", Reason.UNKNOWN_SESSION)
 
+    def _receive_data(self, message: bytes) -> None:
+        if self.version == 1:
+            self._refuse("", "binary messages need protocol version 2", Reason.BAD_MESSAGE)
+            return
+        try:
+            stream, session_id, data = decode_data_frame(message)
+        except MessageError as exc:
+            self._refuse("", str(exc), Reason.BAD_MESSAGE)
+            return
+        if stream is not Stream.STDIN:
+            self._refuse(session_id, "data frame: only stdin goes to an agent", Reason.BAD_MESSAGE)
+            return
+        with self._lock:
+            session = self._sessions.get(session_id)
+            ended = session_id in self._ended_ids
+        if session is not None:
+            session.write(bytes(data))
+        elif not ended:
+            self._refuse(session_id, f"no session has the id {session_id[:80]!r}", Reason.UNKNOWN_SESSION)
+
+    def _resume(self, request: Resume) -> None:
+        with self._lock:
+            taken = request.id in self._sessions
+        if taken:
+            self._refuse(request.id, "the session is this connection's already", Reason.DUPLICATE_SESSION)
+            return
+        channel = self.open_channel(request.id)
+        try:
+            session, before = self._registry.claim(request, self, channel)
+        except LookupError as exc:
+            self._refuse(request.id, str(exc), Reason.UNKNOWN_SESSION)
+            return
+        if isinstance(before, Peer):  # its connection is not known to be dead yet
+            before.drop(cast(Session, session))
+        with self._lock:
+            self._sessions[request.id] = cast(Session, session)
+        self.started += 1
+        try:
+            session.flow.connect(channel, Resumed(request.id, request.offset, session.received), _window_of(request))
+        except ValueError as exc:
+            self._refuse(request.id, f"resume: {exc}", Reason.BAD_MESSAGE)
+            return
+        session.acknowledge_stdin()
+        log.info("session resumed", extra={"peer": self.name, "session": request.id})
+
     def _refuse(self, session_id: str, message: str, reason: Reason) -> None:
         log.info("refused: %s", message, extra={"peer": self.name, "session": session_id})
         self.send(Error(session_id, message, reason))
         # Only for a peer that floods us with nonsense and does not read the answers.
         self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)
 
-    def _forward(self, request: Stdin | CloseStdin | Signal | Resize | End, session: Session) -> None:
+    def _forward(self, request: ToSession, session: Session) -> None:
         if isinstance(request, Stdin):
             session.write(request.data)
             self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)  # if it was refused, as in _refuse()
         elif isinstance(request, End):
             session.end()
+        elif isinstance(request, Ack):
+            try:
+                cast(FlowSession, session).flow.acknowledge(request.offset)
+            except ValueError as exc:
+                self._refuse(request.id, f"ack: {exc}", Reason.BAD_MESSAGE)
         elif isinstance(request, CloseStdin):
             session.end_input()
         elif isinstance(request, Resize):
@@ -4036,7 +4799,7 @@ class Peer:
             return
         try:
             self._open(request)
-        except (OSError, RuntimeError) as exc:  # no descriptor or thread left
+        except (OSError, RuntimeError, ValueError) as exc:  # no descriptor or thread left
             self._registry.give_place()
             self._refuse(request.id, f"cannot start a session: {exc}", Reason.START_FAILED)
 
@@ -4046,22 +4809,35 @@ class Peer:
         (thread,) = self._runtime.pool.reserve(1)
         try:
             if isinstance(request, Exec):
-                session = ExecSession(self._runtime, self, request)
+                make = ExecSession if self.version == 1 else FlowExecSession
+                session = make(self._runtime, self, request)
             else:
                 assert self._main is not None
-                session = AttachSession(self, request, self._main)
-        except OSError:
+                session = (AttachSession if self.version == 1 else FlowAttachSession)(self, request, self._main)
+        except (OSError, ValueError):  # ValueError: an id that no data frame can hold
             self._runtime.pool.release([thread])
             raise
+        if isinstance(session, FlowExecSession | FlowAttachSession):
+            self._registry.register(session)
         with self._lock:
             self._sessions[request.id] = session
         self.started += 1
         thread.run(session.run)
 
     def _leave(self) -> int:
-        """End what the connection started (version 1); returns how many sessions it had."""
+        """End what the connection started, or in version 2 keep it for a while; returns how many sessions it had."""
         with self._lock:
             sessions = list(self._sessions.values())
+        window = self._runtime.config.resume_window
+        if self.version == 2 and window and not self._registry.refusal:
+            for session in sessions:
+                resumable = cast(FlowSession, session)
+                self._registry.park(
+                    resumable, resumable.channel, window, lambda child: self._runtime.end_later([child])
+                )
+            return len(sessions)
+        for session in sessions:
+            self._registry.unregister(session)
         children = [child for session in sessions if (child := session.leave()) is not None]
         self._runtime.end_later(children)
         return len(sessions)
@@ -4169,17 +4945,22 @@ def accept_forever(listener: socket.socket, handler: Callable[[socket.socket, An
 
 
 def make_handler(
-    serve_connection: Callable[[ServerConnection], None], listener: socket.socket, **options: Any
+    serve_connection: Callable[[ServerConnection], None],
+    listener: socket.socket,
+    subprotocol: Subprotocol | None = None,
+    **options: Any,
 ) -> tuple[socket.socket, Callable[[socket.socket, Any], None]]:
     """What accept_forever() needs: the socket to accept from, and websockets' handler of one connection.
 
     Args:
+        subprotocol: selected where the client offers it; none is asked for.
         options: as for websockets.sync.server.serve().
     """
     server = serve(
         serve_connection,
         sock=listener,
         create_connection=ServerWebSocket,
+        select_subprotocol=lambda connection, offered: subprotocol if subprotocol in offered else None,
         compression=None,
         open_timeout=HANDSHAKE_TIMEOUT,
         close_timeout=CLOSE_TIMEOUT,
@@ -4257,6 +5038,7 @@ class Server:
         self._socket, self._handler = make_handler(
             self._serve_peer,
             open_listener(config.addr),
+            SUBPROTOCOL,
             process_request=self._process_request,
             server_header=f"sockerless-agent/{__version__}",
             max_size=config.max_message_size,
@@ -4444,6 +5226,7 @@ class ReverseDialer:
             create_connection=DialerSocket,
             additional_headers={"Authorization": f"Bearer {config.token}"} if config.token else None,
             user_agent_header=f"sockerless-agent/{__version__}",
+            subprotocols=[SUBPROTOCOL],  # offered: a version 1 backend does not select it
             ssl=context,
             compression=None,
             open_timeout=HANDSHAKE_TIMEOUT,

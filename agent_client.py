@@ -55,6 +55,7 @@ from websockets.sync.server import ServerConnection
 
 from agent import (
     CLOSE_TIMEOUT,
+    Ack,
     Address,
     Attach,
     Channel,
@@ -65,12 +66,14 @@ from agent import (
     Exit,
     Heartbeat,
     LifetimeExpired,
+    ListSessions,
     MessageError,
     Output,
     QueuedConnection,
     Reason,
     Request,
     Resize,
+    Resume,
     ServerWebSocket,
     Signal,
     Stdin,
@@ -538,7 +541,7 @@ class AgentConn:
             return
         if isinstance(event, LifetimeExpired):
             self._expire()
-        elif event is not None:
+        elif isinstance(event, Output | Exit | Error):
             self._deliver(event)
 
     def _expire(self) -> None:
@@ -1497,6 +1500,7 @@ class _Relay:
         except MessageError as exc:
             self._client.outbox.send(Error(exc.id, str(exc), Reason.BAD_MESSAGE))
             return
+        assert not isinstance(request, Ack | Resume | ListSessions)  # of version 2, which is not decoded here
         session = self._sessions.get(request.id)
         if isinstance(request, Exec | Attach):
             if session is not None and not session.finished:

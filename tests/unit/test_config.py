@@ -52,6 +52,7 @@ SAMPLES = {
     "max-sessions": ("7", 7, "1", ["0"]),
     "max-total-sessions": ("7", 7, "1", ["0"]),
     "stdin-limit": ("1g", 1 << 30, "1k", ["lots"]),
+    "resume-window": ("0", 0.0, "1m", ["x", "5"]),
     "ping-interval": ("1s", 1.0, "2s", ["0"]),
     "ping-timeout": ("1s", 1.0, "2s", ["0ms"]),
 }  # fmt: skip
