@@ -179,7 +179,6 @@ def test_a_command_is_started_writes_and_ends(dial: Dial) -> None:
     assert client.wait(session) == 5
     assert session.stdout.endswith(b"\ngot typed\n")
     assert session.stderr == b"err\n"
-    assert session.acked == 6
 
 
 def test_a_version_1_client_notices_nothing(client: RawClient) -> None:
@@ -366,9 +365,9 @@ def test_stdin_is_acknowledged_as_the_command_reads_it(dial: Dial, tmp_path: Pat
     assert session.acked < 200_000  # what the pipe holds
     client.write(session, b"y" * 1_000_000)
     (tmp_path / "go").touch()
+    client.until(lambda: session.acked == 2_000_000)
     client.send("close_stdin", id="s")
     assert client.wait(session) == 0
-    assert session.acked == 2_000_000
 
 
 # Sessions that outlive their connection.
