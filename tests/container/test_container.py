@@ -91,7 +91,7 @@ def scratch_image(needed: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
     root.chmod(0o755)
     (root / "bin").mkdir()
     shutil.copy(shutil.which("busybox") or "busybox", root / "bin/busybox")
-    for name in ("sh", "cat", "echo", "env", "ls", "sleep", "tty", "id", "true"):
+    for name in ("sh", "cat", "dd", "echo", "env", "ls", "sleep", "tty", "id", "true"):
         (root / "bin" / name).symlink_to("busybox")
     with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as tar:
         script = "echo $0 $1 $IMAGES; trap 'exit 9' TERM; while :; do sleep 1; done"
@@ -292,4 +292,26 @@ def test_an_image_with_nothing_but_a_static_busybox(scratch_image: str, start: S
     output("sh", "-c", "i=0; while [ $i -lt 1000 ]; do (true & exec true) & i=$((i + 1)); done; wait")
     states = "for f in /proc/[0-9]*/stat; do read -r line < $f && echo ${line##*) }; done 2>/dev/null"
     eventually(lambda: not re.search("^Z", output("sh", "-c", states), re.MULTILINE), "the end of every zombie")
+    assert container.stop() == 9
+
+
+def test_the_same_image_read_only_and_not_as_root(scratch_image: str, start: Start) -> None:
+    container = start(scratch_image, "--read-only", "--read-only-tmpfs=false", "--user", "54323:54323")
+    eventually(lambda: "their command own\n" in container.log(), "their own entrypoint and command")
+    assert container.client("exec", "--", "id", "-u") == "54323\n"
+    probe = ("/sockerless/bin/sockerless-agent", "--probe", "--addr", ":9111")
+    assert podman("exec", container.name, *probe).stdout == ""
+    assert "cannot write the PID file" in container.log()
+    assert container.stop() == 9
+
+
+def test_the_same_image_with_limits(scratch_image: str, start: Start) -> None:
+    limits = ("--memory", "100m", "--user", "54324:54324", "--ulimit", "nproc=40:40")
+    container = start(scratch_image, *limits)
+    greedy = "dd if=/dev/zero of=/dev/null bs=500M count=1; echo $?"
+    assert "137" in container.client("exec", "--", "sh", "-c", greedy)
+    many = "i=0; while [ $i -lt 60 ]; do sleep 300 & i=$((i + 1)); done; echo made"
+    with contextlib.suppress(AssertionError):
+        container.client("exec", "--", "sh", "-c", many)
+    eventually(lambda: "on" in container.client("exec", "--", "echo", "on"), "the agent's answer")
     assert container.stop() == 9

@@ -469,6 +469,7 @@ def test_a_link_that_is_cut_without_a_word_is_noticed_and_every_session_is_told(
             running.wait_for_log("nothing was heard of the peer")
             running.wait_for_log("1 sessions were running")
             running.wait_for_log("cannot connect to .* try 1 of any number")
+            time.sleep(float(os.environ.get("LINK_DOWN", "0")))  # seconds more, by hand
             ip("-n", names[0], "link", "set", names[0], "up")
             assert backend.stdout.readline() == "lost\n"
             assert backend.stdout.readline() == "again\n"
