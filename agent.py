@@ -850,6 +850,8 @@ def parse_address(text: str) -> Address:
     Raises:
         ValueError: if it is none.
     """
+    if "://" in text:
+        raise ValueError(f"a URL, where host:port or unix:/path is wanted: {text!r}")
     if text.startswith("unix:"):
         if len(text) == len("unix:"):
             raise ValueError("unix: needs a path, such as unix:/run/agent.sock")
@@ -991,7 +993,7 @@ OPTIONS = (
     Option("lifetime", _parse_positive_duration, "DURATION",
            "how long the platform lets the agent live: clients are told before it ends"),
     Option("lifetime-margin", parse_duration, "DURATION", "how long before its end they are told (default: 5s)"),
-    Option("lifetime-signal", parse_signal, "SIGNAL", "tell them when this signal arrives, too: TERM or INT"),
+    Option("lifetime-signal", _parse_stop_signal, "SIGNAL", "tell them when this signal arrives, too, such as TERM"),
     Option("keep-alive", _parse_boolean, "", "run the remaining arguments (default: /bin/sh) as the main process"),
     Option("tty", _parse_boolean, "", "give the main process a terminal"),
     Option("copy-output", _parse_boolean, "", "copy the main process's output to the agent's own (default: true)"),
@@ -1119,6 +1121,8 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"a command ({command[0]!r}) needs --keep-alive in front of it")
     if config.keep_alive and not config.command:
         config = dataclasses.replace(config, command=("/bin/sh",))
+    if config.subreaper and config.init == "off":
+        raise ConfigError("flag --subreaper: it adopts orphans, and --init=off does not wait for them")
     if config.lifetime and config.lifetime <= config.lifetime_margin:
         raise ConfigError(f"flag --lifetime: {config.lifetime:g} s are not longer than the margin, "
                           f"--lifetime-margin: {config.lifetime_margin:g} s")  # fmt: skip
@@ -2340,6 +2344,7 @@ class Input:
             start = self._claim_writer()
         if start:
             self._start_writer()
+        self._tell()
 
     def write(self, data: bytes) -> None:
         """Queue ``data``.
@@ -3631,6 +3636,8 @@ class ExecSession:
 
     def write(self, data: bytes) -> None:
         self.channel.refill()
+        if self._request.no_stdin:
+            return
         try:
             self._process.input.write(data)
         except InputOverflow as exc:
@@ -3872,11 +3879,11 @@ class FlowExecSession(ExecSession):
         self.received = 0  # the connection thread's alone
         self.flow = Flow(_window_of(request))
         super().__init__(runtime, host, request, self.flow)
-        self.flow.connect(self.channel)
         self._process.input.listen(self._stdin_written)
 
     def _started(self) -> None:
-        self.flow.send(Started(self.id, self._process.pid, self.secret))
+        self.channel.send(Started(self.id, self._process.pid, self.secret))
+        self.flow.connect(self.channel)  # only now: output comes behind it
 
     def _finished(self, code: int) -> None:
         log.info("exec ended: exit code %d", code, extra={"session": self.id})
@@ -3891,6 +3898,8 @@ class FlowExecSession(ExecSession):
     def write(self, data: bytes) -> None:
         self.received += len(data)
         super().write(data)
+        if self._request.no_stdin:
+            self.host.send(Ack(self.id, self.received))  # of no use to anybody, but consumed
 
     def end(self) -> None:
         if self.flow.code is not None:
@@ -5356,8 +5365,7 @@ class Agent:
         front.start()
         event = self._wait()
         self._stop_main(signal.SIGTERM if event == BACKEND_GIVEN_UP else event)
-        code = self._end(front)
-        return code or EXIT_FAILURE if event == BACKEND_GIVEN_UP else code
+        return self._end(front, failed=event == BACKEND_GIVEN_UP)
 
     def _receive_signals(self) -> None:
         """Take over the signals in a thread of their own, before any other thread exists.
@@ -5463,7 +5471,7 @@ class Agent:
             time.sleep(0.005)
             now = time.monotonic()
 
-    def _end(self, front: Server | ReverseDialer) -> int:
+    def _end(self, front: Server | ReverseDialer, failed: bool) -> int:
         """Tell everybody, end every process, and return the exit code."""
         front.close()
         self._registry.close()
@@ -5494,6 +5502,7 @@ class Agent:
         end_processes(None, 0)  # what was being started meanwhile
         code = self._main.code if self._main is not None else 0
         code = EXIT_FAILURE if code is None else self._config.exit_codes.get(code, code)
+        code = code or EXIT_FAILURE if failed else code
         log.info("agent ends: exit code %d", code)
         return code
 

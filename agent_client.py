@@ -46,7 +46,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any, NoReturn, Protocol, Self, cast
 
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
@@ -593,12 +593,15 @@ def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
     except InvalidStatus as exc:
         status = exc.response.status_code
         if status == 401:
-            raise Unauthorized(f"{addr}: the agent refuses the token") from None
+            fault = "refuses the token" if token else "wants a token, and none was given"
+            raise Unauthorized(f"{addr}: the agent {fault}") from None
+        if status == 404:
+            raise ConnectFailed(f"{addr}: answered with HTTP status 404: no agent is there; one has /ws") from None
         raise ConnectFailed(f"{addr}: answered with HTTP status {status}") from None
     except TimeoutError:
         raise ConnectFailed(f"{addr}: no answer within {timeout:g} s") from None
     # ImportError: a SOCKS proxy, which needs a package that is not here.
-    except (OSError, EOFError, InvalidHandshake, InvalidURI, ImportError) as exc:
+    except (OSError, EOFError, WebSocketException, ImportError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
         raise ConnectFailed(f"{addr}: {reason}") from exc
     assert isinstance(connection, ClientWebSocket)
@@ -1807,6 +1810,8 @@ def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         on_lifetime_expired=say("says that its platform is about to end it"),
     ) as listener:
         print(f"listening on {Address(address.host, listener.port)}", flush=True)
+        if not _read_token(options) and not address.is_local:
+            log.warning("NO TOKEN IS SET: whoever reaches this can run commands in every agent that dials in")
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
     return 0
 

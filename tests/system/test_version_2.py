@@ -262,6 +262,33 @@ def test_stdin_false_is_an_empty_stdin(dial: Dial) -> None:
     assert client.wait(session) == 0
 
 
+def test_stdin_false_is_empty_whatever_comes_before_the_start(dial: Dial) -> None:
+    client = dial()
+    session = client.exec(["cat"], stdin=False)
+    client.write(session, b"too early")
+    assert client.wait(session) == 0
+    assert session.stdout == b""
+
+
+def test_stdin_right_behind_the_exec_is_acknowledged(dial: Dial) -> None:
+    client = dial()
+    for number in range(20):
+        session = client.exec(["sleep", "300"], id=f"e{number}", tty=number % 2 == 0)
+        client.write(session, b"hi\n")
+        client.until(lambda session=session: session.acked == 3)
+        client.send("signal", id=session.id, signal="KILL")
+
+
+def test_started_comes_before_the_output(dial: Dial) -> None:
+    client = dial()
+    sessions = [client.exec(["echo", "x"], id=f"e{number}", tty=number % 2 == 0) for number in range(40)]
+    for session in sessions:
+        while not session.started:
+            assert not session.received
+            client.receive()
+        assert client.wait(session) == 0
+
+
 def test_a_terminal_has_its_size_from_the_first_byte(dial: Dial) -> None:
     client = dial()
     session = client.exec(["stty", "size"], tty=True, width=123, height=45)
