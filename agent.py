@@ -5310,7 +5310,7 @@ EXIT_FAILURE, EXIT_USAGE = 1, 2
 # What may happen beside a signal, whose numbers are positive.
 MAIN_ENDED, BACKEND_GIVEN_UP = -1, -2
 CLOSE_LINGER = 1.0  # seconds between the last message and the close of a connection
-LINGER = 2.0  # seconds that a client may take no byte before it is not waited for any longer
+LINGER = 3.0  # seconds that a client may take no byte before it is not waited for any longer
 KILL_LINGER = 10.0  # seconds for a killed main process to be gone
 # Without a main process to pass them on to, these end the agent.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)

@@ -30,8 +30,10 @@ import itertools
 import json
 import logging
 import os
+import queue
 import secrets
 import select
+import shlex
 import signal
 import socket
 import ssl
@@ -40,6 +42,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import tty
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +58,8 @@ from websockets.sync.server import ServerConnection
 
 from agent import (
     CLOSE_TIMEOUT,
+    DEFAULT_WINDOW_SIZE,
+    SUBPROTOCOL,
     Ack,
     Address,
     Attach,
@@ -67,6 +72,7 @@ from agent import (
     Heartbeat,
     LifetimeExpired,
     ListSessions,
+    Lost,
     MessageError,
     Output,
     QueuedConnection,
@@ -74,8 +80,11 @@ from agent import (
     Request,
     Resize,
     Resume,
+    Resumed,
     ServerWebSocket,
+    Sessions,
     Signal,
+    Started,
     Stdin,
     Stream,
     ThreadPool,
@@ -83,12 +92,14 @@ from agent import (
     accept_forever,
     bearer_token,
     close_listener,
+    decode_data_frame,
     decode_event,
     decode_request,
     is_foreign_page,
     make_handler,
     open_listener,
     parse_address,
+    parse_duration,
     parse_signal,
 )
 
@@ -119,6 +130,7 @@ MAX_MESSAGE_SIZE = 64 << 20  # bytes
 STDIN_CHUNK = 256 << 10  # bytes in one put() of stdin
 REMEMBERED_SESSIONS = 4096  # of a client behind a listener, until those that have ended are forgotten
 BRIDGE_LIMIT = 64 << 20  # bytes of output that may wait for a Docker client, or one behind a listener
+RESUME_PATIENCE = 60.0  # seconds for which a lost connection is made again
 END_GRACE = 5.0  # seconds from SIGHUP to SIGKILL where the agent cannot end a session by itself
 UNREAD_LIMIT = 1 << 30  # bytes of output that a session keeps for a reader that does not come
 
@@ -259,13 +271,140 @@ class SessionReceiver(Protocol):
     def failed(self, error: ClientError) -> None:
         """The session did not start, or the connection was lost."""
 
+    def tell_consumed(self, consumed: Callable[[int], None]) -> None:
+        """Version 2: call ``consumed`` with each number of bytes that nobody here keeps any more."""
+
+
+class _ClientFlow:
+    """What a version 2 connection knows of a session, to hold it back and to resume it."""
+
+    def __init__(self, request: Exec | Attach, receiver: SessionReceiver) -> None:
+        self.id = request.id
+        self.receiver = receiver
+        # The receiving thread's alone.
+        self.started: Started | None = None
+        self.received = 0  # bytes of output
+        self.resuming = False
+        self.sent = True  # False while the request waits for a connection; guarded by the connection's lock
+        self._lock = threading.Lock()  # guards the attributes below
+        self._consumed = 0
+        self._acked = 0
+
+    def consume(self, count: int) -> int | None:
+        """Note that ``count`` bytes are consumed; the offset to acknowledge, if it is time to."""
+        with self._lock:
+            self._consumed += count
+            if self._consumed - self._acked < DEFAULT_WINDOW_SIZE // 4:
+                return None
+            self._acked = self._consumed
+            return self._acked
+
+
+class _StdinSender:
+    """A version 2 session's stdin: keeps what the agent has not consumed, to send it again. Used as a Channel is."""
+
+    def __init__(self, session_id: str, channel: Channel) -> None:
+        self.id = session_id
+        # Guards the attributes below. Held while something is handed to the
+        # channel, which never waits: offsets are to agree with the order there.
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._channel: Channel | None = channel  # None while there is no connection
+        self._kept: collections.deque[bytes] = collections.deque()
+        self._acked = 0  # offset of the first byte that is kept
+        self._end = 0
+        self._closing: CloseStdin | None = None
+        self._dead = False
+
+    def wait_for_room(self) -> bool:
+        with self._lock:
+            self._room.wait_for(lambda: self._dead or self._end - self._acked < DEFAULT_WINDOW_SIZE)
+            return not self._dead
+
+    def put(self, stream: Stream, data: bytes) -> None:
+        with self._lock:
+            if self._dead:
+                return
+            self._kept.append(data)
+            self._end += len(data)
+            if self._channel is not None:
+                self._channel.put(stream, data)
+
+    def send(self, message: CloseStdin) -> None:
+        with self._lock:
+            self._closing = message
+            if self._channel is not None:
+                self._channel.send(message)
+
+    def acknowledge(self, offset: int) -> None:
+        with self._lock:
+            self._forget(offset)
+
+    def _forget(self, offset: int) -> None:
+        while self._kept and self._acked < offset:
+            data = self._kept.popleft()
+            keep = self._acked + len(data) - offset
+            if keep > 0:
+                self._kept.appendleft(data[-keep:])
+            self._acked += len(data) - max(keep, 0)
+        self._room.notify_all()
+
+    def connect(self, channel: Channel, offset: int) -> None:
+        """Go on through ``channel``: the agent has everything below ``offset``."""
+        with self._lock:
+            self._forget(offset)
+            self._channel = channel
+            for data in self._kept:
+                channel.put(Stream.STDIN, data)
+            if self._closing is not None:
+                channel.send(self._closing)
+
+    def disconnect(self) -> None:
+        with self._lock:
+            self._channel = None
+
+    def discard(self) -> None:
+        """The session has ended: whoever waits for room is let go."""
+        with self._lock:
+            self._dead = True
+            self._kept.clear()
+            self._room.notify_all()
+
 
 class AgentConn:
-    """One connection to an agent, with any number of sessions on it at once."""
+    """One connection to an agent, with any number of sessions on it at once.
 
-    def __init__(self, connection: QueuedConnection) -> None:
-        """Take over a WebSocket connection after its handshake; see :meth:`dial`."""
-        self._connection = connection
+    With version 2 of the protocol a connection that is lost costs no session: it
+    is made again, for RESUME_PATIENCE seconds at most, and all of them go on.
+
+    Attributes:
+        version: of the protocol that the agent speaks here: 2, or 1 for an agent that knows no other.
+    """
+
+    def __init__(
+        self,
+        connection: QueuedConnection,
+        redial: Callable[[], QueuedConnection] | None = None,
+        patience: float = RESUME_PATIENCE,
+    ) -> None:
+        """Take over a WebSocket connection after its handshake; see :meth:`dial`.
+
+        Args:
+            redial: makes another connection, for version 2.
+            patience: seconds for which that is tried.
+        """
+        self._patience = patience
+        self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
+        self._redial = redial
+        self._closing = threading.Event()
+        self.on_outage: Callable[[bool], None] | None = None
+        """Called with True when the connection is lost and is to be made again, with False when it is."""
+        self._connection = connection  # replaced by the receiving thread, with _lock held
+        self._online = True  # guarded by _lock, as all of these
+        self._held: list[Request] = []  # to be sent once there is a connection again
+        self._flows: dict[str, _ClientFlow] = {}
+        self._senders: dict[str, _StdinSender] = {}
+        self._lists: collections.deque[queue.SimpleQueue[Sessions | None]] = collections.deque()
         self._ids = map("{}-{}".format, itertools.repeat(secrets.token_hex(4)), itertools.count(1))
         self._lock = threading.Lock()  # guards the attributes below
         self._receivers: dict[str, SessionReceiver] = {}
@@ -280,23 +419,35 @@ class AgentConn:
         self._thread.start()
 
     @classmethod
-    def dial(cls, addr: str = DEFAULT_ADDRESS, token: str | None = None, *, timeout: float = OPEN_TIMEOUT) -> AgentConn:
+    def dial(
+        cls,
+        addr: str = DEFAULT_ADDRESS,
+        token: str | None = None,
+        *,
+        timeout: float = OPEN_TIMEOUT,
+        patience: float = RESUME_PATIENCE,
+    ) -> AgentConn:
         """Connect to an agent in server mode.
 
         Args:
             addr: ``host:port``, ``unix:/path``, or a ``ws://`` or ``wss://`` URL.
             token: the bearer token, if the agent has one.
             timeout: seconds for the connection and the handshake.
+            patience: seconds for which a lost connection is made again, if sessions run on it and the agent
+                speaks version 2; 0 for not at all. The agent keeps them for its ``--resume-window``.
 
         Raises:
             Unauthorized: if the agent refuses the token.
             ConnectFailed: if there is no agent, or it does not answer.
             ValueError: if ``addr`` is none.
         """
-        return cls(_dial(addr, token, timeout))
+        return cls(_dial(addr, token, timeout), lambda: _dial(addr, token, timeout), patience)
 
     def close(self) -> None:
-        """Close the connection. Commands that run on it are ended by the agent."""
+        """Close the connection. Commands that run on it are ended."""
+        self._closing.set()
+        for flow in self._live_flows():
+            self.send(End(flow.id))  # nobody will resume it
         self._connection.close()
         if threading.current_thread() is not self._thread:  # as it is in a callback
             self._thread.join()
@@ -323,6 +474,7 @@ class AgentConn:
         text: bool = False,
         encoding: str | None = None,
         errors: str | None = None,
+        user: str = "",
     ) -> AgentProcess:
         """Start a command, as subprocess.Popen does.
 
@@ -337,16 +489,24 @@ class AgentConn:
             size: the terminal's columns and rows.
             stdin: PIPE, or DEVNULL for an input that ends at once.
             text, encoding, errors: as for subprocess.Popen.
+            user: ``name``, ``uid``, ``name:group`` or ``uid:gid``; version 2 only.
 
         Raises:
             ConnectionLost: if the connection has ended.
+            SessionError: for ``user``, if the agent speaks version 1 only.
         """
         words = (os.fspath(cmd),) if isinstance(cmd, str | os.PathLike) else tuple(os.fspath(word) for word in cmd)
         variables = tuple(f"{name}={value}" for name, value in (env or {}).items())
-        request = Exec(self.new_id(), words, variables, os.fspath(cwd or ""), tty)
+        request = Exec(self.new_id(), words, variables, os.fspath(cwd or ""), tty, user)
+        if self.version == 2:
+            width, height = size or (0, 0)
+            empty = stdin == subprocess.DEVNULL
+            request = dataclasses.replace(request, width=width, height=height, no_stdin=empty)
+        elif user:
+            raise SessionError("the agent speaks version 1 of the protocol, which starts nothing as another user")
         process = AgentProcess(self, request, text=text, encoding=encoding, errors=errors)
         self.start_session(request, process.receiver)
-        if size is not None:
+        if size is not None and self.version == 1:
             process.resize(*size)
         if stdin == subprocess.DEVNULL:
             process.stdin.close()
@@ -461,7 +621,51 @@ class AgentConn:
             if request.id in self._receivers:
                 raise SessionError(f"session id {request.id!r} is in use", Reason.DUPLICATE_SESSION)
             self._receivers[request.id] = receiver
+            if self.version == 2:
+                flow = self._flows[request.id] = _ClientFlow(request, receiver)
+                flow.sent = self._online
+        if self.version == 2:
+            receiver.tell_consumed(lambda count: self._consume(flow, count))
         self.send(request)
+
+    def _consume(self, flow: _ClientFlow, count: int) -> None:
+        offset = flow.consume(count)
+        if offset is not None:
+            with self._lock:
+                outbox = self._connection.outbox if self._online else None
+            if outbox is not None:  # else the resume says what has been received
+                outbox.send(Ack(flow.id, offset))
+
+    def started(self, session_id: str) -> Started | None:
+        """What the agent has said of a session's start; None before that, after its end, and in version 1."""
+        with self._lock:
+            flow = self._flows.get(session_id)
+        return flow.started if flow is not None else None
+
+    def _live_flows(self) -> list[_ClientFlow]:
+        with self._lock:
+            return list(self._flows.values())
+
+    def sessions(self, timeout: float = OPEN_TIMEOUT) -> list[dict[str, Any]]:
+        """What runs in the container: ``id``, ``pid``, ``cmd``, ``tty``, ``connected``, and ``code`` once ended.
+
+        Raises:
+            SessionError: if the agent speaks version 1 only.
+            ConnectionLost: if the connection has ended, or the agent does not answer.
+        """
+        if self.version == 1:
+            raise SessionError("the agent speaks version 1 of the protocol, which has no list of sessions")
+        answer: queue.SimpleQueue[Sessions | None] = queue.SimpleQueue()
+        with self._lock:
+            self._lists.append(answer)
+        self.send(ListSessions())
+        try:
+            listed = answer.get(timeout=timeout)
+        except queue.Empty:
+            listed = None
+        if listed is None:
+            raise ConnectionLost("the agent did not answer")
+        return list(listed.sessions)
 
     def end_session(self, session_id: str, attached: bool) -> None:
         """End a session as the loss of its connection would: a command's whole tree, or an attachment.
@@ -502,15 +706,116 @@ class AgentConn:
             with self._lock:
                 self._claimed.discard(session_id)
 
-    def open_channel(self, session_id: str) -> Channel:
-        return Channel(self._connection.outbox, session_id)
+    def open_channel(self, session_id: str) -> Channel | _StdinSender:
+        """Where a session's stdin goes."""
+        with self._lock:
+            channel = Channel(self._connection.outbox, session_id, binary=self.version == 2)
+            if self.version == 1:
+                return channel
+            sender = self._senders[session_id] = _StdinSender(session_id, channel)
+            if not self._online:
+                sender.disconnect()
+            return sender
 
     def send(self, message: Request) -> None:
-        """Send a message; dropped if the connection has ended, as every session then is told."""
-        self._connection.outbox.send(message)
+        """Send a message; dropped if the connection has ended for good, as every session then is told."""
+        with self._lock:
+            if not self._online:
+                self._held.append(message)
+                return
+            outbox = self._connection.outbox
+        outbox.send(message)
 
     def _receive(self) -> None:
-        """Hand events to their sessions until the connection ends."""
+        """Hand events to their sessions until the connection ends, and is not to be had again."""
+        why = self._receive_until_lost()
+        while self._make_again():
+            why = self._receive_until_lost()
+        self._before_loss()
+        with self._lock:
+            self._lost = ConnectionLost(why)
+            receivers = list(self._receivers.values())
+            senders = list(self._senders.values())
+            lists = list(self._lists)
+            for kept in (self._receivers, self._flows, self._senders):
+                kept.clear()
+            self._lists.clear()
+        for sender in senders:
+            sender.discard()
+        for answer in lists:
+            answer.put(None)
+        for receiver in receivers:
+            receiver.failed(ConnectionLost(why))
+
+    def _make_again(self) -> bool:
+        """Version 2: connect again, and resume what runs; False if that is not to be."""
+        if self.version == 1 or self._redial is None or not self._patience:
+            return False
+        if self._closing.is_set() or not self._live_flows():
+            return False
+        with self._lock:
+            self._online = False
+            senders = list(self._senders.values())
+        for sender in senders:
+            sender.disconnect()
+        if self.on_outage is not None:
+            self.on_outage(True)
+        until = time.monotonic() + self._patience
+        pause = 0.05
+        while time.monotonic() < until and not self._closing.wait(pause):
+            try:
+                connection = self._redial()
+            except Unauthorized:
+                return False
+            except ConnectFailed as exc:
+                log.debug("not connected again yet: %s", exc)
+                pause = min(pause * 2, 2.0)
+                continue
+            if connection.subprotocol != SUBPROTOCOL:
+                connection.close()
+                return False
+            self._take_over(connection)
+            if self.on_outage is not None:
+                self.on_outage(False)
+            return True
+        return False
+
+    def _take_over(self, connection: QueuedConnection) -> None:
+        connection.start_writer(_pool)
+        _heartbeat.add(connection)
+        unknown = []
+        new: list[_StdinSender] = []
+        with self._lock:
+            self._connection = connection
+            for flow in self._flows.values():
+                if flow.started is not None:
+                    flow.resuming = True
+                    connection.outbox.send(Resume(flow.id, flow.started.secret, flow.received))
+                elif flow.sent:
+                    unknown.append(flow)
+                elif flow.id in self._senders:
+                    new.append(self._senders[flow.id])
+                flow.sent = True
+            held, self._held = self._held, []
+            for message in held:
+                connection.outbox.send(message)
+            self._online = True
+        for sender in new:  # what is queued on a channel goes out behind the requests
+            sender.connect(Channel(connection.outbox, sender.id, binary=True), 0)
+        for flow in unknown:
+            self._forget(flow.id)
+            flow.receiver.failed(ConnectionLost("the connection was lost before it was known whether the command runs"))
+
+    def _forget(self, session_id: str) -> None:
+        with self._lock:
+            self._receivers.pop(session_id, None)
+            self._flows.pop(session_id, None)
+            sender = self._senders.pop(session_id, None)
+        if sender is not None:
+            sender.discard()
+
+    def _receive_until_lost(self) -> str:
+        """Hand events to their sessions until the connection ends; says why it did."""
         why = "the connection was closed"
         try:
             for message in self._connection:
@@ -525,17 +830,15 @@ class AgentConn:
             self._connection.close_socket()
         finally:
             _heartbeat.remove(self._connection)
-            self._before_loss()
-            with self._lock:
-                self._lost = ConnectionLost(why)
-                receivers = list(self._receivers.values())
-                self._receivers.clear()
-            for receiver in receivers:
-                receiver.failed(ConnectionLost(why))
+        return why
 
     def _dispatch(self, message: str | bytes) -> None:
         try:
-            event = decode_event(message) if isinstance(message, str) else None
+            if isinstance(message, str):
+                event = decode_event(message, self.version)
+            else:
+                self._dispatch_data(message)
+                return
         except MessageError as exc:
             log.warning("the agent sent nonsense: %s", exc)
             return
@@ -543,6 +846,38 @@ class AgentConn:
             self._expire()
         elif isinstance(event, Output | Exit | Error):
             self._deliver(event)
+        elif isinstance(event, Sessions):
+            with self._lock:
+                answer = self._lists.popleft() if self._lists else None
+            if answer is not None:
+                answer.put(event)
+        elif event is not None:
+            self._control(event)
+
+    def _dispatch_data(self, message: bytes) -> None:
+        stream, session_id, data = decode_data_frame(message)
+        flow = self._flows.get(session_id)  # changed by others only before it starts and after it ends
+        if flow is not None:
+            flow.received += len(data)
+            flow.receiver.output(Output(session_id, stream, bytes(data)))
+
+    def _control(self, event: Started | Ack | Resumed | Lost) -> None:
+        with self._lock:
+            flow = self._flows.get(event.id)
+            sender = self._senders.get(event.id)
+        if isinstance(event, Ack):
+            if sender is not None:
+                sender.acknowledge(event.offset)
+        elif flow is None:
+            return
+        elif isinstance(event, Started):
+            flow.started = event
+        elif isinstance(event, Lost):
+            flow.receiver.output(Output(event.id, Stream.STDERR, b"", event.bytes))
+        else:
+            flow.resuming = False
+            if sender is not None:
+                sender.connect(Channel(self._connection.outbox, event.id, binary=True), event.stdin)
 
     def _expire(self) -> None:
         self.lifetime_expired.set()
@@ -558,8 +893,15 @@ class AgentConn:
         final = isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL)
         with self._lock:
             receiver = self._receivers.get(event.id)
-            if final and receiver is not None:
-                del self._receivers[event.id]
+            flow = self._flows.get(event.id)
+        if isinstance(event, Error) and event.reason == Reason.UNKNOWN_SESSION and flow is not None and flow.resuming:
+            self._forget(event.id)
+            flow.receiver.failed(ConnectionLost(f"session lost: {event.message}"))
+            return
+        if final and receiver is not None:
+            self._forget(event.id)
+            if self.version == 2 and isinstance(event, Exit):
+                self.send(End(event.id))  # the agent keeps it no longer
         if receiver is None:
             if isinstance(event, Error):
                 log.warning("the agent reports: %s", event.message)
@@ -583,6 +925,7 @@ def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
         "close_timeout": CLOSE_TIMEOUT,
         "ping_interval": None,  # Heartbeat pings
         "max_size": MAX_MESSAGE_SIZE,
+        "subprotocols": [SUBPROTOCOL],
     }
     where, url, options["proxy"] = _locate(addr)
     try:
@@ -629,12 +972,14 @@ class _OutputStream(io.RawIOBase):
     """The reading end of a session's stdout or stderr.
 
     The receiving thread feeds it, any thread reads it. It keeps what is not read
-    yet, up to UNREAD_LIMIT: version 1 of the protocol cannot hold back one
-    session without holding back them all.
+    yet. Version 2 of the protocol holds back a session of which a window is not
+    read; version 1 cannot without holding back them all: there, the bound is
+    UNREAD_LIMIT.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.consumed: Callable[[int], None] = lambda count: None  # told of what is read, or dropped
         self._changed = threading.Condition()  # guards the attributes below
         self._chunks: collections.deque[memoryview] = collections.deque()
         self._size = 0
@@ -662,23 +1007,32 @@ class _OutputStream(io.RawIOBase):
                 if part < len(chunk):
                     self._chunks.appendleft(chunk[part:])
             self._size -= count
-            return count
+        self.consumed(count)
+        return count
 
     def readall(self) -> bytes:
         """Wait for the end and return the rest; in one piece, where the base class would read 8 KiB at a time."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended)
-            if self._error is not None and not self._chunks:
-                raise self._error
-            data = b"".join(self._chunks)
-            self._chunks.clear()
-            self._size = 0
-            return data
+        parts: list[memoryview] = []
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._chunks or self._ended)
+                if not self._chunks:
+                    if self._error is not None and not parts:
+                        raise self._error
+                    return b"".join(parts)
+                count, self._size = self._size, 0
+                parts += self._chunks
+                self._chunks.clear()
+            self.consumed(count)
 
-    def arrived(self) -> bytes:
-        """What has arrived and is not read yet."""
-        with self._changed:
-            return b"".join(self._chunks)
+    def close(self) -> None:
+        """Nobody reads on: what is not read yet is dropped, and holds the session back no longer."""
+        if not self.closed:
+            super().close()
+            with self._changed:
+                count, self._size = self._size, 0
+                self._chunks.clear()
+            self.consumed(count)
 
     def feed(self, data: bytes) -> bool:
         """Take more bytes; False if too many wait already."""
@@ -689,7 +1043,9 @@ class _OutputStream(io.RawIOBase):
                 self._chunks.append(memoryview(data))
                 self._size += len(data)
                 self._changed.notify_all()
-            return True
+                return True
+        self.consumed(len(data))
+        return True
 
     def finish(self, error: ClientError | None) -> None:
         with self._changed:
@@ -761,6 +1117,9 @@ class _ProcessReceiver:
             fate = "this side is detached" if self._attached else "the command was killed"
             self.failed(SessionError(f"more than {UNREAD_LIMIT} bytes of output were not read: {fate}"))
 
+    def tell_consumed(self, consumed: Callable[[int], None]) -> None:
+        self.stdout.consumed = self.stderr.consumed = consumed
+
     def warning(self, error: SessionError) -> None:
         self.warnings.append(error)
 
@@ -780,6 +1139,33 @@ class _ProcessReceiver:
         self.finished.set()
 
 
+class _Collector:
+    """Reads a stream to its end in a pool thread."""
+
+    def __init__(self, stream: _OutputStream) -> None:
+        self._stream = stream
+        self._parts: list[bytes] = []  # appended to by that thread alone
+        self._done = threading.Event()
+        _pool.submit(self._run)
+
+    def _run(self) -> None:
+        buffer = bytearray(STDIN_CHUNK)
+        try:
+            while count := self._stream.readinto(buffer):
+                self._parts.append(bytes(memoryview(buffer)[:count]))
+        except (ClientError, ValueError):  # wait() raises the session's own; or it was closed
+            pass
+        finally:
+            self._done.set()
+
+    def so_far(self) -> bytes:
+        return b"".join(self._parts)
+
+    def wait(self) -> bytes:
+        self._done.wait()
+        return self.so_far()
+
+
 class AgentProcess:
     """A command, or the main process, as subprocess.Popen shows one.
 
@@ -796,6 +1182,7 @@ class AgentProcess:
         self._attached = isinstance(request, Attach)
         self.receiver = _ProcessReceiver(conn, request.id, self._attached)
         self._conn = conn
+        self._collectors: list[_Collector] = []
         self._text = text or encoding is not None or errors is not None
         self.stdin: IO[Any]
         self.stdout: IO[Any]
@@ -819,6 +1206,11 @@ class AgentProcess:
     def lost(self) -> int:
         """Bytes of the main process's output that are missing, because this side fell behind the replay log."""
         return self.receiver.lost
+
+    @property
+    def started(self) -> Started | None:
+        """Version 2: the command's PID and the session's secret, once the agent has said that it runs."""
+        return self._conn.started(self.id)
 
     @property
     def warnings(self) -> list[SessionError]:
@@ -863,15 +1255,26 @@ class AgentProcess:
             _pool.submit(self._feed, data)
         elif data:
             raise ValueError("stdin is closed: its input has been given before")
+        if collect and not self._collectors:
+            # Both at once, while the command writes: what is not read holds it back.
+            self._collectors = [_Collector(stream) for stream in (self.receiver.stdout, self.receiver.stderr)]
         try:
             self.wait(timeout)
         except subprocess.TimeoutExpired as exc:
             assert timeout is not None
-            stdout, stderr = (stream.arrived() for stream in (self.receiver.stdout, self.receiver.stderr))
+            stdout, stderr = (collector.so_far() for collector in self._collectors) if collect else (b"", b"")
             raise subprocess.TimeoutExpired(self.args, timeout, stdout or None, stderr or None) from exc
         if not collect:
             return None, None
-        return self.stdout.read(), self.stderr.read()
+        collected = [collector.wait() for collector in self._collectors]
+        if not self._text:
+            return collected[0], collected[1]
+        wrapper = cast(io.TextIOWrapper, self.stdout)
+        stdout_text, stderr_text = (
+            data.decode(wrapper.encoding, wrapper.errors or "strict").replace("\r\n", "\n").replace("\r", "\n")
+            for data in collected
+        )
+        return stdout_text, stderr_text
 
     def _encode(self, input: bytes | str | None) -> bytes:
         """The bytes of an input; here and not in another thread, so that the caller sees what is wrong with it."""
@@ -988,6 +1391,7 @@ class _EventQueue:
     """
 
     def __init__(self, limit: int, on_overflow: Callable[[], None] | None = None) -> None:
+        self._consumed: Callable[[int], None] = lambda count: None
         self._limit = limit
         self._on_overflow = on_overflow
         self._dropping = False
@@ -997,6 +1401,9 @@ class _EventQueue:
         self._ended = False
         self.code: int | None = None
         self.error: ClientError | None = None
+
+    def tell_consumed(self, consumed: Callable[[int], None]) -> None:
+        self._consumed = consumed
 
     def output(self, event: Output) -> None:
         with self._changed:
@@ -1008,6 +1415,9 @@ class _EventQueue:
                 self._outputs.append((event.stream, event.data))
                 self._size += len(event.data)
                 self._changed.notify_all()
+            dropped = self._dropping
+        if dropped:
+            self._consumed(len(event.data))
         if overflow and self._on_overflow is not None:
             self._on_overflow()
 
@@ -1034,7 +1444,8 @@ class _EventQueue:
             self._size -= len(data)
             if self._size < self._limit <= self._size + len(data):
                 self._changed.notify_all()
-            return stream, data
+        self._consumed(len(data))
+        return stream, data
 
     def abandon(self) -> None:
         """Nobody takes any more: drop what waits and what comes."""
@@ -1439,6 +1850,9 @@ class _RelayedSession:
         else:
             self._output.put(event.stream, event.data)
 
+    def tell_consumed(self, consumed: Callable[[int], None]) -> None:
+        """Agents that dial in speak version 1 here."""
+
     def end(self) -> None:
         """The client has left, or asks for it."""
         self._conn.end_session(self.remote_id, not self.is_exec)
@@ -1716,12 +2130,20 @@ def _make_parser() -> argparse.ArgumentParser:
     session.add_argument(
         "--no-sig-proxy", dest="sig_proxy", action="store_false", help="do not pass signals on to the process"
     )
+    session.add_argument(
+        "--reconnect",
+        type=parse_duration,
+        default=RESUME_PATIENCE,
+        metavar="DURATION",
+        help="how long to try to resume when the connection is lost, 0 for not at all (default: 60s)",
+    )
     run = commands.add_parser(
         "exec", parents=[session], help="run a command", usage="%(prog)s [options] [--] CMD [ARG ...]"
     )
     run.add_argument(
         "-e", "--env", metavar="K=V", action="append", default=[], help="set a variable (K alone: from here)"
     )
+    run.add_argument("-u", "--user", metavar="USER", default="", help="as this user: name, uid, name:group or uid:gid")
     run.add_argument("-w", "--workdir", metavar="DIR", default="", help="working directory")
     run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command and its arguments")
     attach = commands.add_parser(
@@ -1737,6 +2159,7 @@ def _make_parser() -> argparse.ArgumentParser:
     listen.add_argument(
         "--token-file", metavar="PATH", help="read the token that agents and clients must show from PATH"
     )
+    commands.add_parser("ps", parents=[common], help="list the sessions in the container")
     commands.add_parser("health", parents=[common], help="print the agent's health; exit status 1 if unhealthy")
     return parser
 
@@ -1769,8 +2192,12 @@ def _run_exec(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
         parser.error("exec: no command given")
     if options.tty and options.interactive and not os.isatty(0):
         raise ClientError("the input device is not a terminal: leave out -t")
-    request = Exec("exec", tuple(cmd), tuple(_variables(options.env)), options.workdir, options.tty)
+    request = Exec("exec", tuple(cmd), tuple(_variables(options.env)), options.workdir, options.tty, options.user)
     with _dial_as_told(options) as conn:
+        if options.user and conn.version == 1:
+            raise ClientError(
+                "--user: the agent speaks version 1 of the protocol, which starts nothing as another user"
+            )
         return _LocalSession(conn, request, options).run()
 
 
@@ -1783,7 +2210,17 @@ def _dial_as_told(options: argparse.Namespace) -> AgentConn:
         address = parse_address(options.via)
         where = Address(address.host or "127.0.0.1", address.port)
         addr = f"ws://{where}/agents/{urllib.parse.quote(options.agent, safe='')}/ws"
-    return AgentConn.dial(addr, _read_token(options))
+    conn = AgentConn.dial(addr, _read_token(options), patience=options.reconnect)
+    conn.on_outage = _show_outage
+    return conn
+
+
+def _show_outage(lost: bool) -> None:
+    """Say on stderr that the session pauses, and that it goes on."""
+    words = "connection lost, trying to resume" if lost else "resumed"
+    end = "\r\n" if os.isatty(2) else "\n"  # the terminal may be raw
+    with contextlib.suppress(OSError):
+        os.write(2, f"{end if lost else ''}agent_client: {words}{end}".encode())
 
 
 def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -1878,11 +2315,25 @@ def _run_health(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     return 0 if healthy else 1
 
 
+def _run_ps(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    with AgentConn.dial(options.addr, _read_token(options), patience=0) as conn:
+        sessions = conn.sessions()
+    print(f"{'ID':20} {'PID':>7} {'STATE':12} COMMAND")
+    for entry in sessions:
+        state = (
+            f"ended ({entry['code']})" if "code" in entry else "running" if entry.get("connected") else "unconnected"
+        )
+        command = " ".join(map(shlex.quote, entry.get("cmd") or ["(attached)"]))
+        print(f"{entry.get('id', ''):20} {entry.get('pid', 0):>7} {state:12} {command}")
+    return 0
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace, argparse.ArgumentParser], int]] = {
     "exec": _run_exec,
     "attach": _run_attach,
     "listen": _run_listen,
     "health": _run_health,
+    "ps": _run_ps,
 }
 
 

@@ -206,7 +206,7 @@ def test_attach_replays_and_feeds_the_main_process(running: RunningAgent, conn: 
 
 def test_a_lost_connection_is_an_error_and_never_an_exit_code(tmp_path: Path) -> None:
     running = RunningAgent(tmp_path)
-    conn = AgentConn.dial(running.addr, TOKEN)
+    conn = AgentConn.dial(running.addr, TOKEN, patience=0.2)
     process = conn.popen(["sh", "-c", "echo up; exec sleep 1000"])
     assert process.stdout.readline() == b"up\n"
     running.process.kill()
@@ -357,18 +357,19 @@ def test_leaving_a_with_block_detaches_from_the_main_process(conn: AgentConn, ru
         assert main.stdout.readline() == b"ready\n"
 
 
-def test_an_attacher_that_does_not_read_does_not_end_the_main_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent_client, "UNREAD_LIMIT", 1 << 20)
-    flooding = RunningAgent(tmp_path, "--keep-alive", "--", "yes")
+def test_an_attacher_that_does_not_read_holds_up_nobody_and_is_told_its_loss(tmp_path: Path) -> None:
+    script = "echo up; read x; seq 1 1000000; exit 3"
+    flooding = RunningAgent(tmp_path, "--replay-size", "64k", "--keep-alive", "--", "sh", "-c", script)
     with AgentConn.dial(flooding.addr, TOKEN) as conn:
         attached = conn.attach()
-        with pytest.raises(SessionError, match="not read"):
-            attached.wait(DEADLINE)
-        flooding.wait_for_log("attach ended")
-        assert agent_client.fetch_health(flooding.addr)["exited"] is False
+        attached.stdin.write(b"go\n")
+        flooding.wait_for_log("main process ended")
         assert conn.run(["true"]).returncode == 0
+        rest = attached.stdout.read()
+        assert attached.wait(DEADLINE) == 3
+        total = sum(len(f"{number}\n") for number in range(1, 1000001)) + len("up\n")
+        assert len(rest) + attached.lost == total
+        assert rest.endswith(b"1000000\n")
     flooding.stop()
 
 
@@ -391,21 +392,17 @@ def in_thread(function: Callable[..., Any], *args: object) -> concurrent.futures
     return result
 
 
-def test_a_docker_client_that_does_not_read_ends_its_session_and_no_other(
-    conn: AgentConn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agent_client, "BRIDGE_LIMIT", 1 << 20)
+def test_a_docker_client_that_does_not_read_holds_up_its_own_command_only(conn: AgentConn, tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
+    script = f"head -c 64M /dev/zero; touch {tmp_path}/written; exit 6"
     with ours, theirs:
-        bridge = in_thread(conn.bridge_exec, ours, "flood", ["yes"])
-        assert conn.run(["echo", "on"], capture_output=True).stdout == b"on\n"
-        theirs.recv(1)
-        # What waits for it is dropped, so that it sees the end as soon as it reads again.
-        drained = in_thread(lambda: sum(map(len, iter(lambda: theirs.recv(1 << 20), b""))))
-        with pytest.raises(SessionError, match="not read"):
-            bridge.result(DEADLINE)
-        ours.shutdown(socket.SHUT_RDWR)
-        assert drained.result(DEADLINE) < 64 << 20
+        bridge = in_thread(conn.bridge_exec, ours, "flood", ["sh", "-c", script], (), "", True)
+        assert conn.run(["head", "-c", "64M", "/dev/zero"], capture_output=True).stdout == bytes(64 << 20)
+        assert not (tmp_path / "written").exists()
+        count = 0
+        while count < 64 << 20:
+            count += len(theirs.recv(1 << 20))
+        assert bridge.result(DEADLINE) == 6
 
 
 def test_what_is_late_for_a_session_never_reaches_the_next_under_its_id(conn: AgentConn) -> None:

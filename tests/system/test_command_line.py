@@ -118,7 +118,7 @@ def test_a_failure_of_the_client_itself_is_125_and_one_line(environ: dict[str, s
 def test_a_connection_that_is_lost_is_125_and_never_an_exit_status_of_the_command(
     box: RunningAgent, environ: dict[str, str]
 ) -> None:
-    command = [*CLIENT, "exec", "--", "sh", "-c", "echo up; exec sleep 300"]
+    command = [*CLIENT, "exec", "--reconnect", "0", "--", "sh", "-c", "echo up; exec sleep 300"]
     with spawned(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "up\n"
         box.process.kill()
@@ -326,9 +326,10 @@ def test_a_signal_to_the_client_puts_the_terminal_back(
 
 
 def test_a_lost_connection_puts_the_terminal_back(box: RunningAgent, open_terminal: Callable[..., Terminal]) -> None:
-    terminal = open_terminal("exec", "-it", "--", "sh", "-c", "echo up; exec sleep 300")
+    terminal = open_terminal("exec", "-it", "--reconnect", "300ms", "--", "sh", "-c", "echo up; exec sleep 300")
     terminal.wait_for("^up")
     box.process.kill()
+    terminal.wait_for("^agent_client: connection lost, trying to resume")
     assert terminal.wait() == 125
     terminal.wait_for("lost")
     assert terminal.attributes() == terminal.before
@@ -346,3 +347,20 @@ def test_detach_keys_leave_the_main_process_alone(
     assert terminal.wait() == 0
     assert terminal.attributes() == terminal.before
     assert client(environ, "attach", "-i", data=b"")[0] == 9
+
+
+def test_sessions_are_listed(environ: dict[str, str]) -> None:
+    with spawned([*CLIENT, "exec", "--", "sh", "-c", "echo up; exec sleep 300"], env=environ,
+                 stdout=subprocess.PIPE) as process:  # fmt: skip
+        assert process.stdout.readline() == b"up\n"
+        code, stdout, _ = client(environ, "ps")
+        assert code == 0
+        assert re.search(rb"^exec +\d+ running +sh -c 'echo up; exec sleep 300'$", stdout, re.MULTILINE), stdout
+
+
+@pytest.mark.root
+def test_a_command_runs_as_another_user(environ: dict[str, str]) -> None:
+    assert client(environ, "exec", "-u", "nobody", "--", "id", "-un") == (0, b"nobody\n", b"")
+    code, _, stderr = client(environ, "exec", "-u", "no-such-user", "--", "id")
+    assert code == 125
+    assert b"no-such-user" in stderr

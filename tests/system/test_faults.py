@@ -186,7 +186,7 @@ def test_a_slow_client_gets_the_last_output_and_the_exit_before_the_agent_ends(
     session.write(b"go\n")
     while session.exit is None:
         client.receive_one()
-        time.sleep(0.1)  # a link that takes 4 s for it all, twice what the agent waits for one that takes nothing
+        time.sleep(0.05)
     assert (len(session.stdout), session.exit["code"]) == (8 << 20, 7)
     assert agent.wait() == 7
 
