@@ -174,7 +174,6 @@ class Exec:
         width, height: the terminal's size from its first byte, 0 for the default.
         no_stdin: stdin is empty.
         window: version 2: bytes that the client holds unacknowledged.
-        detach: version 2: the session outlives its connection.
     """
 
     id: str
@@ -187,7 +186,6 @@ class Exec:
     height: int = 0
     no_stdin: bool = False
     window: int = 0
-    detach: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -334,7 +332,7 @@ class ListSessions:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sessions:
-    """Version 2: what runs; each has ``id``, ``pid``, ``cmd``, ``tty``, ``detached``, ``connected``, ``code``."""
+    """Version 2: what runs; each has ``id``, ``pid``, ``cmd``, ``tty``, ``connected``, and ``code`` once ended."""
 
     sessions: tuple[dict[str, Any], ...]
 
@@ -474,7 +472,6 @@ def _decode_exec(fields: _Fields) -> Exec:
         height,
         not fields.boolean("stdin", True),
         fields.count("window"),
-        fields.boolean("detach"),
     )
 
 
@@ -3876,7 +3873,9 @@ class FlowExecSession(ExecSession):
 
     def __init__(self, runtime: Runtime, host: SessionHost, request: Exec) -> None:
         self.secret = secrets.token_hex(16)
-        self.received = 0  # the connection thread's alone
+        self.received = (
+            0  # written by the thread of the connection that has the session, read by one that takes it over
+        )
         self.flow = Flow(_window_of(request))
         super().__init__(runtime, host, request, self.flow)
         self._process.input.listen(self._stdin_written)
@@ -3922,7 +3921,9 @@ class FlowAttachSession(AttachSession):
     def __init__(self, host: SessionHost, request: Attach, main: MainProcess) -> None:
         super().__init__(host, request, main)
         self.secret = secrets.token_hex(16)
-        self.received = 0  # the connection thread's alone
+        self.received = (
+            0  # written by the thread of the connection that has the session, read by one that takes it over
+        )
         self.flow = Flow(_window_of(request))
         self.flow.connect(self.channel)
 

@@ -675,8 +675,7 @@ class AgentConn:
         """
         self.send(End(session_id))
         if attached:
-            with self._lock:
-                self._receivers.pop(session_id, None)
+            self._forget(session_id)  # as at any session's end: else it would be resumed after an outage
             return
         self.send(Signal(session_id, "HUP"))
         killing = threading.Timer(END_GRACE, self._kill_if_there, (session_id,))

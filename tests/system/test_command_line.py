@@ -18,6 +18,7 @@ from typing import Any
 import pyte
 import pytest
 from running import DEADLINE, TOKEN, RunningAgent, spawned
+from support import eventually
 
 import agent_client
 
@@ -42,13 +43,6 @@ def environ(box: RunningAgent) -> dict[str, str]:
 def client(environ: dict[str, str], *words: str, data: bytes = b"") -> tuple[int, bytes, bytes]:
     done = subprocess.run([*CLIENT, *words], env=environ, input=data, capture_output=True, timeout=DEADLINE)
     return done.returncode, done.stdout, done.stderr
-
-
-def wait_until(check: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def resident_memory(pid: int) -> int:
@@ -146,7 +140,7 @@ def test_without_sig_proxy_a_signal_ends_the_client_and_with_it_the_command(
         assert process.stdout.readline() == b"up\n"
         process.terminate()
         assert process.wait(DEADLINE) == 143
-    wait_until((tmp_path / "hung-up").exists)
+    eventually((tmp_path / "hung-up").exists, "the command's end")
 
 
 def test_a_reader_that_leaves_ends_the_command(environ: dict[str, str]) -> None:
