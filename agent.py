@@ -86,7 +86,7 @@ import time
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 if __name__ == "__main__":
     # `docker diff` shows what changed since PID 1 started: leave no __pycache__.
@@ -108,6 +108,11 @@ try:  # the C helper that websockets itself prefers
     from websockets.speedups import apply_mask
 except ImportError:
     from websockets.utils import apply_mask
+
+if TYPE_CHECKING:  # imported where they are used
+    import tarfile
+
+    import psutil
 
 __version__ = "0.1.0"
 
@@ -151,6 +156,12 @@ class Reason(enum.StrEnum):
     LIFETIME_EXPIRED = "lifetime_expired"  # the platform is about to end the agent
     LIMIT = "limit"
     STDIN_OVERFLOW = "stdin_overflow"  # the command did not read what was sent
+    ID_TAKEN = "id_taken"  # by another detached command that runs
+    NO_DETACHED_COMMAND = "no_detached_command"  # attach to one that is not there
+    NO_SUCH_PATH = "no_such_path"  # of an archive
+    NOT_A_DIRECTORY = "not_a_directory"  # the path that an archive is to be put into
+    ARCHIVE_FAILED = "archive_failed"
+    UNAVAILABLE = "unavailable"  # statistics in an image without psutil
 
 
 class MessageError(AgentError):
@@ -174,6 +185,7 @@ class Exec:
         width, height: the terminal's size from its first byte, 0 for the default.
         no_stdin: stdin is empty.
         window: version 2: bytes that the client holds unacknowledged.
+        detach: version 2: the session ends with its start; the command lives on, see :class:`Attach`.
     """
 
     id: str
@@ -186,14 +198,23 @@ class Exec:
     height: int = 0
     no_stdin: bool = False
     window: int = 0
+    detach: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attach:
-    """Attach to the main process: replay, then live output."""
+    """Attach to the main process, or to a detached command: replay, then live output.
+
+    Attributes:
+        window: version 2: bytes that the client holds unacknowledged.
+        session: version 2: the id of a detached command, "" for the main process.
+        no_replay: version 2: only what is written from now on.
+    """
 
     id: str
     window: int = 0
+    session: str = ""
+    no_replay: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -282,11 +303,13 @@ class Started:
 
     Attributes:
         secret: what a Resume must show.
+        replay: attach: so many bytes of the output to come are from before.
     """
 
     id: str
     pid: int
     secret: str
+    replay: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -326,21 +349,116 @@ class Lost:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Park:
+    """Version 2, of a listener: who had the session has left it; keep it for the resume window."""
+
+    id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArchiveGet:
+    """Version 2: send the file or tree at ``path`` as a tar archive on stdout."""
+
+    id: str
+    path: str
+    window: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArchivePut:
+    """Version 2: unpack the tar archive that comes on stdin into the directory ``path``.
+
+    Attributes:
+        no_overwrite_dir_non_dir: refuse to put a file in a directory's place, and the reverse.
+        copy_uid_gid: what is unpacked belongs to the agent's user, not to whom the archive names.
+    """
+
+    id: str
+    path: str
+    window: int = 0
+    no_overwrite_dir_non_dir: bool = False
+    copy_uid_gid: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArchiveStat:
+    """Version 2: ask what is at ``path``."""
+
+    id: str
+    path: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PathStat:
+    """Version 2: what is there, as Docker's X-Docker-Container-Path-Stat header has it, see :func:`stat_path`."""
+
+    id: str
+    stat: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ListSessions:
-    """Version 2: ask for a list of what runs."""
+    """Version 2: ask for a list of what runs. The answer has the same id, which may be empty."""
+
+    id: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sessions:
-    """Version 2: what runs; each has ``id``, ``pid``, ``cmd``, ``tty``, ``connected``, and ``code`` once ended."""
+    """Version 2: what runs, see :meth:`SessionRegistry.describe_sessions`."""
 
     sessions: tuple[dict[str, Any], ...]
+    id: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GetStats:
+    """Version 2: ask for statistics; with ``processes`` for a list of all processes, too."""
+
+    id: str = ""
+    processes: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+    """Version 2: statistics, see :func:`measure`."""
+
+    stats: dict[str, Any]
+    id: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GetHealth:
+    """Version 2: ask for what ``GET /health`` answers, where there is no such endpoint."""
+
+    id: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Health:
+    """Version 2: the answer to GetHealth, or without an id a change of health that nobody has asked for.
+
+    Attributes:
+        status: ``starting``, ``healthy`` or ``unhealthy``; "" without a health check.
+        log: the output of the last check.
+        state: what ``GET /health`` answers.
+    """
+
+    status: str
+    log: str
+    state: dict[str, Any]
+    id: str = ""
 
 
 # What is said to a session that runs.
 ToSession = Stdin | CloseStdin | Signal | Resize | End | Ack
-Request = Exec | Attach | ToSession | Resume | ListSessions
-Event = Output | Exit | Error | LifetimeExpired | Started | Ack | Resumed | Lost | Sessions
+# What starts a session.
+Opening = Exec | Attach | ArchiveGet | ArchivePut
+# What is answered once, by an event with the same id or an Error.
+Call = ListSessions | GetStats | GetHealth | ArchiveStat
+Answer = Sessions | Stats | Health | PathStat
+Request = Opening | ToSession | Resume | Park | Call
+Event = Output | Exit | Error | LifetimeExpired | Started | Ack | Resumed | Lost | Answer
 _T = TypeVar("_T")
 
 
@@ -388,6 +506,9 @@ class _Fields:
                 raise self.error(f"field {name!r} must hold strings only, not {_json_type(value)}")
         return tuple(values)
 
+    def object(self, name: str) -> dict[str, Any]:
+        return self._get(name, dict, "an object", {})
+
     def objects(self, name: str) -> list[dict[str, Any]]:
         values = self._get(name, list, "an array of objects", [])
         if not all(isinstance(value, dict) for value in values):
@@ -412,6 +533,12 @@ class _Fields:
             length, self.id = len(self.id), ""
             raise self.error(f"field 'id' has {length} characters, and {ID_LIMIT} is the limit")
         return self.id
+
+    def path(self) -> str:
+        value = self.system_text("path", self.text("path"))
+        if not value:
+            raise self.error("field 'path' is missing or empty")
+        return value
 
     def data(self) -> bytes:
         try:
@@ -472,7 +599,15 @@ def _decode_exec(fields: _Fields) -> Exec:
         height,
         not fields.boolean("stdin", True),
         fields.count("window"),
+        fields.boolean("detach"),
     )
+
+
+def _decode_attach(fields: _Fields) -> Attach:
+    session_id = fields.session_id()
+    if fields.version == 1:
+        return Attach(session_id)
+    return Attach(session_id, fields.count("window"), fields.text("session"), not fields.boolean("replay", True))
 
 
 def _decode_signal(fields: _Fields) -> Signal:
@@ -496,7 +631,7 @@ def _decode_resize(fields: _Fields) -> Resize:
 
 _REQUESTS: dict[str, Callable[[_Fields], Request]] = {
     "exec": _decode_exec,
-    "attach": lambda fields: Attach(fields.session_id(), fields.count("window") if fields.version > 1 else 0),
+    "attach": _decode_attach,
     "stdin": lambda fields: Stdin(fields.session_id(), fields.data()),
     "close_stdin": lambda fields: CloseStdin(fields.session_id()),
     "end": lambda fields: End(fields.session_id()),
@@ -510,7 +645,19 @@ _REQUESTS_2: dict[str, Callable[[_Fields], Request]] = {
     "resume": lambda fields: Resume(
         fields.session_id(), fields.text("secret"), fields.count("offset"), fields.count("window")
     ),
-    "sessions": lambda fields: ListSessions(),
+    "park": lambda fields: Park(fields.session_id()),
+    "sessions": lambda fields: ListSessions(fields.id),
+    "stats": lambda fields: GetStats(fields.id, fields.boolean("processes")),
+    "health": lambda fields: GetHealth(fields.id),
+    "archive_get": lambda fields: ArchiveGet(fields.session_id(), fields.path(), fields.count("window")),
+    "archive_put": lambda fields: ArchivePut(
+        fields.session_id(),
+        fields.path(),
+        fields.count("window"),
+        fields.boolean("no_overwrite_dir_non_dir"),
+        fields.boolean("copy_uid_gid"),
+    ),
+    "archive_stat": lambda fields: ArchiveStat(fields.session_id(), fields.path()),
 }
 
 _EVENTS: dict[str, Callable[[_Fields], Event]] = {
@@ -523,11 +670,16 @@ _EVENTS: dict[str, Callable[[_Fields], Event]] = {
 
 _EVENTS_2: dict[str, Callable[[_Fields], Event]] = {
     **_EVENTS,
-    "started": lambda fields: Started(fields.session_id(), fields.integer("pid"), fields.text("secret")),
+    "started": lambda fields: Started(
+        fields.session_id(), fields.integer("pid"), fields.text("secret"), fields.count("replay")
+    ),
     "ack": lambda fields: Ack(fields.session_id(), fields.count("offset")),
     "resumed": lambda fields: Resumed(fields.session_id(), fields.count("offset"), fields.count("stdin")),
     "lost": lambda fields: Lost(fields.session_id(), fields.count("offset"), fields.count("bytes")),
-    "sessions": lambda fields: Sessions(tuple(fields.objects("sessions"))),
+    "sessions": lambda fields: Sessions(tuple(fields.objects("sessions")), fields.id),
+    "stats": lambda fields: Stats(fields.object("stats"), fields.id),
+    "health": lambda fields: Health(fields.text("status"), fields.text("log"), fields.object("state"), fields.id),
+    "archive_stat": lambda fields: PathStat(fields.session_id(), fields.object("stat")),
 }
 
 
@@ -570,11 +722,22 @@ _TYPE_NAMES: dict[type, str] = {
     Resume: "resume",
     Resumed: "resumed",
     Lost: "lost",
+    Park: "park",
+    ArchiveGet: "archive_get",
+    ArchivePut: "archive_put",
+    ArchiveStat: "archive_stat",
+    PathStat: "archive_stat",
     ListSessions: "sessions",
     Sessions: "sessions",
+    GetStats: "stats",
+    Stats: "stats",
+    GetHealth: "health",
+    Health: "health",
 }
 # Fields that a peer must see even when they hold their zero value.
-_ALWAYS = frozenset({"id", "code", "cmd", "message", "signal", "offset", "stdin", "sessions"})
+_ALWAYS = frozenset({"id", "code", "cmd", "message", "signal", "offset", "stdin", "sessions", "stats", "status"})
+# Those that are true unless said otherwise: the attribute, and the field that is its opposite.
+_UNLESS = {"no_stdin": "stdin", "no_replay": "replay"}
 
 
 def encode(message: Request | Event) -> bytes:
@@ -588,9 +751,9 @@ def encode(message: Request | Event) -> bytes:
     fields: dict[str, object] = {"type": _TYPE_NAMES[type(message)]}
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
-        if field.name == "no_stdin":
+        if field.name in _UNLESS:
             if value:
-                fields["stdin"] = False
+                fields[_UNLESS[field.name]] = False
         elif value or field.name in _ALWAYS or isinstance(message, Resize):
             fields[field.name] = value
     if not fields.get("id", "-"):
@@ -1386,10 +1549,10 @@ class ReplayLog:
             self._ended = True
             self._appended.notify_all()
 
-    def follow(self) -> Cursor:
-        """A new cursor at the oldest byte that the log still holds."""
+    def follow(self, replay: bool = True) -> Cursor:
+        """A new cursor, at the oldest byte that the log still holds, or without ``replay`` behind the newest."""
         with self._lock:
-            cursor = Cursor(self, self._chunks[0][0] if self._chunks else self._end)
+            cursor = Cursor(self, self._chunks[0][0] if self._chunks and replay else self._end)
             self._cursors.add(cursor)
             return cursor
 
@@ -1400,6 +1563,7 @@ class Cursor:
     def __init__(self, replay_log: ReplayLog, offset: int) -> None:
         self._log = replay_log
         self.offset = offset  # of the next byte to read
+        self.replay = replay_log._end - offset  # bytes to read that were there before it
         self.moving = True  # False once the writer has waited for it in vain
         self._closed = False
 
@@ -2886,15 +3050,20 @@ class Flow:
         self._sent = 0  # offset of the first byte in _unsent
         self._end = 0  # offset of the next byte
         self._window = window
-        self._last: Exit | None = None
+        self._last: Exit | Error | None = None
         self._last_sent = False
         self._closed = False  # nobody will ever read on
         self._on_room: Callable[[], None] | None = None
 
     @property
     def code(self) -> int | None:
-        """The exit code, once the session has ended."""
-        return self._last.code if self._last is not None else None
+        """The exit code, once the session has ended with one."""
+        return self._last.code if isinstance(self._last, Exit) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the session has had its last word."""
+        return self._last is not None
 
     def wait_for_room(self) -> bool:
         with self._lock:
@@ -2930,8 +3099,8 @@ class Flow:
             if self._channel is not None:
                 self._channel.send(message)
 
-    def finish(self, message: Exit) -> None:
-        """Send the exit behind all output, and keep it: the session's last word."""
+    def finish(self, message: Exit | Error) -> None:
+        """Send the exit, or an error instead, behind all output, and keep it: the session's last word."""
         with self._lock:
             self._last = message
             self._pass_on()
@@ -3531,11 +3700,11 @@ class Process:
             return self._child if self._state is not ProcessState.EXITED else None
 
     def _child_exited(self, code: int) -> None:
+        self._on_exit(code)  # before a pump, which may end at any moment, can find that all is over
         with self._lock:
             self._code = code
             self._state = ProcessState.DRAINING
             pumped = self._pumped
-        self._on_exit(code)
         self._exited.set()
         if pumped is not None:
             self._runtime.terminals.drain(pumped)
@@ -3567,6 +3736,9 @@ class SessionHost(Protocol):
     def forget(self, session: Session) -> None:
         """The session has ended: its id is free again."""
 
+    def drop(self, session: Session) -> bool:
+        """The session goes on, but not on this connection; False if it was not there."""
+
     def send(self, message: Event) -> None: ...
 
 
@@ -3590,6 +3762,21 @@ class Session(Protocol):
         """The connection is gone; the child, if any, whose processes are to be ended with it."""
 
 
+def start_as_requested(process: Process, request: Exec) -> None:
+    """Start a client's command.
+
+    Raises:
+        SpawnError: if it cannot be started.
+    """
+    if request.width and request.height:
+        process.resize(request.width, request.height)
+    # As Docker does: a terminal has a TERM, and the request's or the image's wins.
+    defaults = {"TERM": "xterm"} if request.tty else None
+    process.start(request.cmd, request.env, request.workdir, defaults, request.user)
+    if request.no_stdin and not request.tty:
+        process.input.end()
+
+
 class ExecSession:
     """A command that a client started."""
 
@@ -3597,6 +3784,7 @@ class ExecSession:
         self.id = request.id
         self.host = host
         self.channel = host.open_channel(request.id)
+        self.started_at = 0.0  # Unix time
         self._request = request
         self._runtime = runtime
         self._process = Process(runtime, sink or self.channel, self._finished, tty=request.tty)
@@ -3604,18 +3792,13 @@ class ExecSession:
     def run(self) -> None:
         """Start the command and read its stdout, in a pool thread."""
         request = self._request
-        if request.width and request.height:
-            self._process.resize(request.width, request.height)
         try:
-            # As Docker does: a terminal has a TERM, and the request's or the image's wins.
-            defaults = {"TERM": "xterm"} if request.tty else None
-            self._process.start(request.cmd, request.env, request.workdir, defaults, request.user)
+            start_as_requested(self._process, request)
         except SpawnError as exc:
             self._not_started(exc)
             log.info("exec failed: %s", exc, extra={"session": self.id})
             return
-        if request.no_stdin and not request.tty:
-            self._process.input.end()
+        self.started_at = time.time()
         self._started()
         log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra={"session": self.id})
         self._process.pump()
@@ -3666,25 +3849,25 @@ class ExecSession:
         return self._process.abandon()
 
 
-class MainProcess:
-    """The long-running process of keep-alive mode, with the log that attach replays."""
+class LoggedProcess:
+    """A process whose output goes to a replay log: any number of clients may come, follow it, and leave."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, tty: bool) -> None:
         self.log = ReplayLog(runtime.config.replay_size)
         self.exited = threading.Event()  # the process has ended
         self.finished = threading.Event()  # and all its output is in the log
         self.code: int | None = None  # written once, before exited is set
+        self.started_at = self.ended_at = 0.0  # Unix times; each written once
         self._runtime = runtime
-        self._pid_file = runtime.config.pid_file
-        # Guards _gone, and the file: held while it is written or removed, by two threads once each.
-        self._pid_file_lock = threading.Lock()
-        self._gone = False
-        self._process = Process(runtime, self.log, self._on_finished, self._on_exit, runtime.config.tty)
-        self._exit_callbacks: list[Callable[[], None]] = []  # not changed after start()
+        self._process = Process(runtime, self.log, self._on_finished, self._on_exit, tty)
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def child(self) -> Child | None:
+        return self._process._child
 
     @property
     def input(self) -> Input:
@@ -3693,6 +3876,39 @@ class MainProcess:
     @property
     def tty(self) -> bool:
         return self._process.tty
+
+    def send_signal(self, number: int, alone: bool = False) -> None:
+        """Signal the process, see :meth:`Process.send_signal`."""
+        self._process.send_signal(number, alone)
+
+    def resize(self, width: int, height: int) -> None:
+        self._process.resize(width, height)
+
+    def describe(self) -> dict[str, Any]:
+        """What the list of sessions says of it."""
+        state: dict[str, Any] = {"pid": self.pid, "tty": self.tty, "started_at": self.started_at}
+        return state | ({"code": self.code, "ended_at": self.ended_at} if self.code is not None else {})
+
+    def _on_exit(self, code: int) -> None:
+        self.ended_at = time.time()
+        self.code = code
+        self.exited.set()
+
+    def _on_finished(self, code: int) -> None:
+        self.log.finish()
+        self.finished.set()
+
+
+class MainProcess(LoggedProcess):
+    """The long-running process of keep-alive mode."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(runtime, runtime.config.tty)
+        self._pid_file = runtime.config.pid_file
+        # Guards _gone, and the file: held while it is written or removed, by two threads once each.
+        self._pid_file_lock = threading.Lock()
+        self._gone = False
+        self._exit_callbacks: list[Callable[[], None]] = []  # not changed after start()
 
     def start(self) -> None:
         """Start it.
@@ -3708,6 +3924,7 @@ class MainProcess:
         except SpawnError:
             self._runtime.pool.release([thread])
             raise
+        self.started_at = time.time()
         with self._pid_file_lock:
             if not self._gone:
                 self._write_pid_file()
@@ -3718,32 +3935,22 @@ class MainProcess:
         """Call ``callback`` when the process ends; before start() only."""
         self._exit_callbacks.append(callback)
 
-    def send_signal(self, number: int, alone: bool = False) -> None:
-        """Signal the process, see :meth:`Process.send_signal`."""
-        self._process.send_signal(number, alone)
-
-    def resize(self, width: int, height: int) -> None:
-        self._process.resize(width, height)
-
     def end(self, grace: float) -> None:
         """End it and all that it started: SIGHUP, and after ``grace`` seconds SIGKILL. Blocks."""
-        child = self._process._child
-        if child is not None:
-            end_processes([child], grace)
+        if self.child is not None:
+            end_processes([self.child], grace)
+
+    def describe(self) -> dict[str, Any]:
+        return {"id": "", "kind": "main", "cmd": list(self._runtime.config.command), "user": "", **super().describe()}
 
     def _on_exit(self, code: int) -> None:
-        self.code = code
         log.info("main process ended: exit code %d", code)
         with self._pid_file_lock:
             self._gone = True
             self._remove_pid_file()
-        self.exited.set()
+        super()._on_exit(code)
         for callback in self._exit_callbacks:
             callback()
-
-    def _on_finished(self, code: int) -> None:
-        self.log.finish()
-        self.finished.set()
 
     def _write_pid_file(self) -> None:
         """Write the PID file; by rename(2), which follows no link that somebody put there."""
@@ -3780,6 +3987,85 @@ class MainProcess:
             log.warning("cannot remove the PID file %s: %s", self._pid_file, exc.strerror)
 
 
+DETACHED_KEPT = 32  # detached commands that have ended and can still be attached to
+
+
+class DetachedCommand(LoggedProcess):
+    """A command that needs no connection: it was started by one, and others may attach to it."""
+
+    def __init__(self, runtime: Runtime, request: Exec, on_end: Callable[[], None]) -> None:
+        super().__init__(runtime, request.tty)
+        self.id = request.id
+        self.request = request
+        self._on_end = on_end
+
+    def start(self) -> None:
+        """Start it; its output flows once pump() is called.
+
+        Raises:
+            SpawnError: if it cannot be started.
+        """
+        start_as_requested(self._process, self.request)
+        self.started_at = time.time()
+
+    def pump(self) -> None:
+        """See :meth:`Process.pump`."""
+        self._process.pump()
+
+    def abandon(self) -> Child | None:
+        """See :meth:`Process.abandon`."""
+        return self._process.abandon()
+
+    def describe(self) -> dict[str, Any]:
+        state = {"id": self.id, "kind": "detached", "cmd": list(self.request.cmd), "user": self.request.user}
+        return state | super().describe()
+
+    def _on_finished(self, code: int) -> None:
+        super()._on_finished(code)
+        log.info("detached command ended: exit code %d", code, extra={"session": self.id})
+        self._on_end()
+
+
+class DetachedCommands:
+    """The detached commands by id: all that run, and the last DETACHED_KEPT that have ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _commands
+        self._commands: dict[str, DetachedCommand] = {}  # oldest first
+
+    def add(self, command: DetachedCommand) -> None:
+        """Take in a command that is about to start.
+
+        Raises:
+            LookupError: if its id belongs to another one that runs.
+        """
+        with self._lock:
+            before = self._commands.get(command.id)
+            if before is not None and not before.finished.is_set():
+                raise LookupError(f"a detached command has the id {command.id[:80]!r}")
+            self._commands.pop(command.id, None)
+            self._commands[command.id] = command
+            ended = [known for known in self._commands.values() if known.finished.is_set()]
+            for known in ended[:-DETACHED_KEPT]:
+                del self._commands[known.id]
+
+    def remove(self, command: DetachedCommand) -> None:
+        """Its start has failed."""
+        with self._lock:
+            if self._commands.get(command.id) is command:
+                del self._commands[command.id]
+
+    def find(self, session_id: str) -> DetachedCommand | None:
+        """The command of this id, None if there is none, or if it has not started yet."""
+        with self._lock:
+            command = self._commands.get(session_id)
+        return command if command is not None and command.pid else None
+
+    def all(self) -> list[DetachedCommand]:
+        with self._lock:
+            return [command for command in self._commands.values() if command.pid]
+
+
 def describe_loss(lost: int, capacity: int) -> bytes:
     """What a follower that fell behind reads in place of the bytes it lost."""
     return (
@@ -3789,14 +4075,16 @@ def describe_loss(lost: int, capacity: int) -> bytes:
 
 
 class AttachSession:
-    """One client's view of the main process: replay, live output, exit code."""
+    """One client's view of the main process, or of a detached command: replay, live output, exit code."""
 
-    def __init__(self, host: SessionHost, request: Attach, main: MainProcess) -> None:
+    def __init__(self, host: SessionHost, request: Attach, process: LoggedProcess) -> None:
         self.id = request.id
         self.host = host
-        self._main = main
+        self.started_at = time.time()
+        self._request = request
+        self._target = process
         self.channel = host.open_channel(request.id)
-        self._cursor = main.log.follow()
+        self._cursor = process.log.follow(not request.no_replay)
         self._left = False  # written before the cursor is closed
 
     def run(self) -> None:
@@ -3808,7 +4096,7 @@ class AttachSession:
             for stream, data in part.chunks:
                 self.channel.put(stream, data)
         self._cursor.close()
-        code = self._main.code
+        code = self._target.code
         if code is not None and not self._left:
             self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
         else:  # the client has left, and the main process goes on
@@ -3817,24 +4105,24 @@ class AttachSession:
 
     def _report_loss(self, lost: int) -> None:
         log.warning("attach lost %d bytes: the client reads too slowly", lost, extra={"session": self.id})
-        stream = Stream.STDOUT if self._main.tty else Stream.STDERR
-        self.channel.send(Output(self.id, stream, describe_loss(lost, self._main.log.capacity), lost))
+        stream = Stream.STDOUT if self._target.tty else Stream.STDERR
+        self.channel.send(Output(self.id, stream, describe_loss(lost, self._target.log.capacity), lost))
 
     def write(self, data: bytes) -> None:
         self.channel.refill()
         try:
-            self._main.input.write(data)
+            self._target.input.write(data)
         except InputOverflow as exc:
             self.host.send(Error(self.id, f"stdin: {exc}; {len(data)} bytes were refused", Reason.STDIN_OVERFLOW))
 
     def end_input(self) -> None:
-        self._main.input.end()
+        self._target.input.end()
 
     def send_signal(self, number: int) -> None:
-        self._main.send_signal(number)
+        self._target.send_signal(number)
 
     def resize(self, width: int, height: int) -> None:
-        self._main.resize(width, height)
+        self._target.resize(width, height)
 
     def end(self) -> None:
         self.leave()
@@ -3863,8 +4151,12 @@ class FlowSession(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the list of sessions says of it."""
 
+    @property
+    def child(self) -> Child | None:
+        """Whose processes are the session's, if there are any."""
 
-def _window_of(request: Exec | Attach | Resume) -> int:
+
+def _window_of(request: Opening | Resume) -> int:
     return min(request.window or DEFAULT_WINDOW_SIZE, LARGEST_WINDOW)
 
 
@@ -3911,15 +4203,22 @@ class FlowExecSession(ExecSession):
         return super().leave()
 
     def describe(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"id": self.id, "pid": self._process.pid, "cmd": list(self._request.cmd)}
-        return state | {"tty": self._request.tty} | ({"code": self.flow.code} if self.flow.code is not None else {})
+        request, code = self._request, self.flow.code
+        state: dict[str, Any] = {"id": self.id, "kind": "exec", "pid": self._process.pid, "cmd": list(request.cmd)}
+        state |= {"tty": request.tty, "user": request.user, "started_at": self.started_at}
+        return state | ({"code": code} if code is not None else {})
+
+    @property
+    def child(self) -> Child | None:
+        """The command, None before it has started."""
+        return self._process._child
 
 
 class FlowAttachSession(AttachSession):
     """A version 2 client's view of the main process."""
 
-    def __init__(self, host: SessionHost, request: Attach, main: MainProcess) -> None:
-        super().__init__(host, request, main)
+    def __init__(self, host: SessionHost, request: Attach, process: LoggedProcess) -> None:
+        super().__init__(host, request, process)
         self.secret = secrets.token_hex(16)
         self.received = (
             0  # written by the thread of the connection that has the session, read by one that takes it over
@@ -3929,7 +4228,7 @@ class FlowAttachSession(AttachSession):
 
     def run(self) -> None:
         log.info("attach started", extra={"session": self.id})
-        self.flow.send(Started(self.id, self._main.pid, self.secret))
+        self.flow.send(Started(self.id, self._target.pid, self.secret, self._cursor.replay))
         while self.flow.wait_for_room() and (part := self._cursor.read(FIRST_READ)) is not None:
             if part.lost:
                 log.warning("attach lost %d bytes: the client reads too slowly", part.lost, extra={"session": self.id})
@@ -3937,7 +4236,7 @@ class FlowAttachSession(AttachSession):
             for stream, data in part.chunks:
                 self.flow.put(stream, data)
         self._cursor.close()
-        code = self._main.code
+        code = self._target.code
         if code is not None and not self._left:
             self.flow.finish(Exit(self.id, code))
         log.info("attach ended", extra={"session": self.id})
@@ -3959,7 +4258,70 @@ class FlowAttachSession(AttachSession):
         return super().leave()
 
     def describe(self) -> dict[str, Any]:
-        return {"id": self.id, "pid": self._main.pid, "cmd": [], "tty": self._main.tty}
+        state: dict[str, Any] = {"id": self.id, "kind": "attach", "session": self._request.session}
+        state |= {"pid": self._target.pid, "cmd": [], "tty": self._target.tty}
+        return state | {"user": "", "started_at": self.started_at}
+
+    @property
+    def child(self) -> Child | None:
+        """None: what it is attached to is no part of it."""
+        return None
+
+
+class DetachingSession:
+    """The start of a command that then lives on by itself: the session ends with ``started``."""
+
+    secret = ""  # it is not to be resumed
+
+    def __init__(self, runtime: Runtime, host: SessionHost, request: Exec, commands: DetachedCommands,
+                 on_end: Callable[[], None]) -> None:  # fmt: skip
+        """Raises LookupError if the id belongs to a detached command that runs."""
+        self.id = request.id
+        self.host = host
+        self.channel = host.open_channel(request.id)
+        self._runtime = runtime
+        self._commands = commands
+        self._command = DetachedCommand(runtime, request, on_end)
+        commands.add(self._command)
+
+    def run(self) -> None:
+        """Start the command and read its stdout, in a pool thread."""
+        try:
+            self._command.start()
+        except SpawnError as exc:
+            self._commands.remove(self._command)
+            self.channel.send(Error(self.id, str(exc), exc.reason), lambda: self.host.forget(self))
+            log.info("exec failed: %s", exc, extra={"session": self.id})
+            return
+        log.info("detached command started: pid %d, %s", self._command.pid, self._command.request.cmd[0][:200],
+                 extra={"session": self.id})  # fmt: skip
+        self.channel.send(Started(self.id, self._command.pid, ""), self._go)
+        self._command.pump()
+
+    def _go(self) -> None:
+        self.host.drop(self)
+
+    def write(self, data: bytes) -> None:
+        text = "stdin: a detached command has none from here: attach to it"
+        self.host.send(Error(self.id, text, Reason.BAD_MESSAGE))
+
+    def end_input(self) -> None:
+        self._command.input.end()
+
+    def send_signal(self, number: int) -> None:
+        self._command.send_signal(number)
+
+    def resize(self, width: int, height: int) -> None:
+        self._command.resize(width, height)
+
+    def end(self) -> None:
+        child = self._command.abandon()
+        if child is not None:
+            self._runtime.end_later([child])
+
+    def leave(self) -> Child | None:
+        """The command does not end with the connection."""
+        return None
 
 
 class OutputCopier:
@@ -3999,7 +4361,621 @@ class OutputCopier:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 8  Health checks
+# 8  Archives
+#    Owns what `docker cp` needs where the image has no tar: a path's state, a
+#    tree as a tar stream, a tar stream as a tree. A pool thread for each archive;
+#    the connection threads feed it, and never wait for it.
+# ══════════════════════════════════════════════════════════════════════════════
+
+ARCHIVE_CHUNK = 256 << 10  # bytes in one read of a file
+ARCHIVE_BUFFER = 64 << 10  # bytes of headers and small files that are put together
+LINKS_LIMIT = 40  # symbolic links in one path, as the kernel has it (path_resolution(7))
+# What the kernel makes up as it is read: no part of an image, without a size, and some of it without an end.
+PSEUDO_FILE_SYSTEMS = frozenset((
+    "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "efivarfs", "fusectl", "mqueue", "proc", "pstore",
+    "securityfs", "sysfs", "tracefs",
+))  # fmt: skip
+
+
+class ArchiveError(AgentError):
+    """A path cannot be read or written; ``reason`` says which kind of error, as a Reason."""
+
+    def __init__(self, message: str, reason: Reason = Reason.ARCHIVE_FAILED) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class _Abandoned(Exception):
+    """Nobody wants the archive any more."""
+
+
+def _explain_path(path: str, error: OSError) -> ArchiveError:
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    reason = Reason.NO_SUCH_PATH if missing else Reason.ARCHIVE_FAILED
+    return ArchiveError(f"{path}: {(error.strerror or str(error)).lower()}", reason)
+
+
+def clean_path(path: str) -> str:
+    """``path`` from the root, without ``..``; a slash or ``/.`` at its end is kept, since it follows a link."""
+    ending = "/." if path.endswith("/.") or path == "." else "/" if path.endswith("/") else ""
+    clean = os.path.normpath("/" + path.lstrip("/"))
+    return clean if clean == "/" else clean + ending
+
+
+# Go's os.FileMode, which Docker's API has for a mode: the bits above the permissions.
+_GO_TYPES = {
+    stat.S_IFDIR: 1 << 31,
+    stat.S_IFLNK: 1 << 27,
+    stat.S_IFBLK: 1 << 26,
+    stat.S_IFCHR: 1 << 26 | 1 << 21,
+    stat.S_IFIFO: 1 << 25,
+    stat.S_IFSOCK: 1 << 24,
+}
+_GO_BITS = {stat.S_ISUID: 1 << 23, stat.S_ISGID: 1 << 22, stat.S_ISVTX: 1 << 20}
+
+
+def stat_path(path: str) -> dict[str, Any]:
+    """What is at ``path``: ``name``, ``size``, ``mode``, ``mtime`` and ``linkTarget``, as Docker's API has it.
+
+    A link at the end of the path is not followed; its target is given from the root.
+
+    Raises:
+        ArchiveError: if there is nothing, or it cannot be looked at.
+    """
+    path = clean_path(path)
+    try:
+        found = os.lstat(path)
+        target = os.path.realpath(path) if stat.S_ISLNK(found.st_mode) else ""
+    except OSError as exc:
+        raise _explain_path(path, exc) from None
+    mode = stat.S_IMODE(found.st_mode) & 0o777 | _GO_TYPES.get(stat.S_IFMT(found.st_mode), 0)
+    for bit, go_bit in _GO_BITS.items():
+        mode |= go_bit if found.st_mode & bit else 0
+    seconds, nanoseconds = divmod(found.st_mtime_ns, 1_000_000_000)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return {
+        "name": os.path.basename(path.rstrip("/")) or "/",
+        "size": found.st_size,
+        "mode": mode,
+        "mtime": f"{moment}.{nanoseconds:09d}Z",
+        "linkTarget": target,
+    }
+
+
+def _pseudo_devices() -> set[int]:
+    """The devices of PSEUDO_FILE_SYSTEMS, see proc_pid_mountinfo(5)."""
+    devices = set()
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            for line in file:
+                mount, _, source = line.partition(b" - ")
+                if source.split()[0].decode() in PSEUDO_FILE_SYSTEMS:
+                    major, minor = mount.split()[2].split(b":")
+                    devices.add(os.makedev(int(major), int(minor)))
+    except OSError:  # no /proc: then none of it is mounted where it would do harm
+        pass
+    return devices
+
+
+class _TarOutput:
+    """The file that tarfile writes to: small writes are put together."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._flushed = 0
+
+    def tell(self) -> int:
+        return self._flushed + self._size
+
+    def write(self, data: bytes) -> int:
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size >= ARCHIVE_BUFFER:
+            self.flush()
+        return len(data)
+
+    def flush(self) -> None:
+        if self._size:
+            self._write(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+            self._flushed += self._size
+            self._parts, self._size = [], 0
+
+
+def pack(path: str, write: Callable[[bytes], None], name: str = "") -> None:
+    """Write the file or tree at ``path`` as a tar archive, as ``GET /containers/ID/archive`` has it.
+
+    Its names begin with ``name``, or the last component of ``path``. A link there is packed
+    as a link, unless a slash follows it. Sockets and what is below a mounted
+    proc, sysfs or the like are left out; a file that vanishes meanwhile, too.
+
+    Raises:
+        ArchiveError: if there is nothing, or it cannot be read.
+    """
+    import tarfile  # only here and below: most agents never pack anything
+
+    path = clean_path(path)
+    output = _TarOutput(write)
+    pseudo = _pseudo_devices()
+    try:
+        top = os.lstat(path)
+        if top.st_dev in pseudo:
+            raise ArchiveError(f"{path}: the kernel makes this up as it is read, so it has no size: use a command")
+        with tarfile.open(fileobj=cast(IO[bytes], output), mode="w", format=tarfile.PAX_FORMAT) as tar:
+            cast(Any, tar).copybufsize = ARCHIVE_CHUNK
+            # What is yet to be packed, the next one last: a tree may be deeper than a stack.
+            left = [(path, name or os.path.basename(path.rstrip("/")) or ".")]
+            while left:
+                source, member = left.pop()
+                try:
+                    found = os.lstat(source)
+                    _pack_one(tar, source, member, found)
+                    cast(Any, tar).members.clear()  # else it grows with every member
+                    if stat.S_ISDIR(found.st_mode) and found.st_dev not in pseudo:
+                        names = sorted(os.listdir(source), reverse=True)
+                        left += [(os.path.join(source, below), f"{member}/{below}") for below in names]
+                except FileNotFoundError:
+                    if source == path:
+                        raise
+        output.flush()
+    except OSError as exc:
+        raise _explain_path(os.fsdecode(exc.filename) if exc.filename else path, exc) from None
+
+
+def _pack_one(tar: tarfile.TarFile, source: str, name: str, found: os.stat_result) -> None:
+    import tarfile
+
+    if not stat.S_ISREG(found.st_mode):
+        info = tar.gettarinfo(source, name)
+        if cast(tarfile.TarInfo | None, info) is not None:  # a socket has no place in an archive
+            tar.addfile(info)
+        return
+    fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb", buffering=0) as file:
+        info = tar.gettarinfo(arcname=name, fileobj=file)
+        with contextlib.suppress(OSError):  # it has none, or the file system does not know them
+            capability = os.getxattr(fd, "security.capability")
+            info.pax_headers = {"SCHILY.xattr.security.capability": capability.decode("utf-8", "surrogateescape")}
+        try:
+            tar.addfile(info, file if info.isreg() else None)
+        except OSError as exc:
+            if exc.errno is not None:
+                raise
+            raise ArchiveError(f"{source}: became shorter while it was read") from None
+
+
+class _TarInput:
+    """A tar stream from a client: the connection thread feeds it, the archive's thread reads it as a file."""
+
+    def __init__(self, on_consumed: Callable[[int], None]) -> None:
+        self._on_consumed = on_consumed  # called with the count of bytes so far
+        self._changed = threading.Condition()  # guards the attributes below
+        self._chunks: collections.deque[bytes] = collections.deque()
+        self._waiting = 0  # bytes in _chunks
+        self._consumed = 0
+        self._ended = False
+        self._closed = False
+
+    def feed(self, data: bytes) -> int:
+        """Take ``data``; returns how many bytes wait now."""
+        with self._changed:
+            if not self._closed:
+                self._chunks.append(data)
+                self._waiting += len(data)
+                self._changed.notify()
+            return self._waiting
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Nobody wants the archive any more."""
+        with self._changed:
+            self._closed = True
+            self._chunks.clear()
+            self._changed.notify()
+
+    def consumed(self) -> int:
+        with self._changed:
+            return self._consumed
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, as many as came at once; b"" at the end. Raises _Abandoned."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._chunks or self._ended or self._closed)
+            if self._closed:
+                raise _Abandoned
+            if not self._chunks:
+                return b""
+            data = self._chunks.popleft()
+            if len(data) > size:
+                self._chunks.appendleft(data[size:])
+                data = data[:size]
+            self._waiting -= len(data)
+            self._consumed += len(data)
+            consumed = self._consumed
+        self._on_consumed(consumed)
+        return data
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Unpacker:
+    """Unpacks a tar stream into a directory.
+
+    Whoever runs in the container may write there, too, and put links in the way.
+    So every step is from an open directory to a name in it (openat(2)), and a
+    link on the way is followed only if it was there before, and belongs to root
+    or to the agent's user; never one that the archive itself has brought. A file
+    appears under its name when it is whole.
+    """
+
+    def __init__(
+        self, path: str, no_overwrite_dir_non_dir: bool = False, copy_uid_gid: bool = False, rename: str = ""
+    ) -> None:
+        """Open the directory.
+
+        Args:
+            no_overwrite_dir_non_dir, copy_uid_gid: see :class:`ArchivePut`.
+            rename: takes the place of the first component of every name.
+
+        Raises:
+            ArchiveError: if it is none.
+        """
+        self._path = clean_path(path)
+        self._strict = no_overwrite_dir_non_dir
+        self._rename = rename
+        self._owned = os.geteuid() == 0 and not copy_uid_gid  # only root can give a file away
+        self._directories: list[tuple[tuple[str, ...], tarfile.TarInfo]] = []  # their attributes are set last
+        self._made_links: set[tuple[int, int]] = set()  # device and inode
+        self._parent: tuple[tuple[str, ...], int] = ((), -1)  # the directory that was last open
+        try:
+            self._root = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError:
+            raise ArchiveError(f"{self._path}: not a directory", Reason.NOT_A_DIRECTORY) from None
+        except OSError as exc:
+            raise _explain_path(self._path, exc) from None
+
+    def close(self) -> None:
+        self._leave_parent()
+        os.close(self._root)
+
+    def unpack(self, source: _Readable) -> None:
+        """Unpack all of it.
+
+        Raises:
+            ArchiveError: naming the member, if it cannot be unpacked or leads out of the directory;
+                what came before it stays.
+        """
+        import tarfile
+
+        name = ""
+        try:
+            with tarfile.open(fileobj=cast(IO[bytes], source), mode="r|", bufsize=ARCHIVE_CHUNK) as tar:
+                while (member := tar.next()) is not None:
+                    name = member.name
+                    self._unpack_one(tar, member)
+                    cast(Any, tar).members.clear()  # else it grows with every member
+            name = ""
+            while source.read(ARCHIVE_CHUNK):
+                pass  # padding
+        except tarfile.TarError as exc:
+            raise ArchiveError(f"not a whole tar archive: {exc}") from None
+        except OSError as exc:
+            what = os.path.join(self._path, name)
+            raise ArchiveError(f"{what}: {(exc.strerror or str(exc)).lower()}") from None
+        finally:
+            self._finish_directories()
+
+    def _unpack_one(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        parts = self._split(member.name)
+        if not parts:
+            if member.isdir():
+                self._directories.append(((), member))
+            return
+        parent, name = self._enter_parent(parts[:-1]), parts[-1]
+        if member.isdir():
+            self._make_directory(parent, name, parts, member)
+            return
+        self._make_way(parent, name)
+        if member.isreg():
+            self._write_file(parent, name, tar, member)
+            return
+        temporary = f".sockerless-{secrets.token_hex(8)}"
+        try:
+            if member.issym():
+                os.symlink(member.linkname, temporary, dir_fd=parent)
+                found = os.stat(temporary, dir_fd=parent, follow_symlinks=False)
+                self._made_links.add((found.st_dev, found.st_ino))
+            elif member.islnk():
+                self._link(member, parent, temporary)
+            elif member.isfifo() or member.isdev():
+                kind = stat.S_IFIFO if member.isfifo() else stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+                os.mknod(temporary, kind | 0o600, os.makedev(member.devmajor, member.devminor), dir_fd=parent)
+            else:
+                raise ArchiveError(f"{member.name}: a member of an unknown type, {member.type!r}")
+            if not member.islnk():
+                self._set_attributes(temporary, parent, member)
+            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+        finally:
+            # rename(2) of a link to the same file does nothing, and leaves both.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=parent)
+
+    def _split(self, name: str) -> tuple[str, ...]:
+        parts = tuple(part for part in name.split("/") if part not in ("", "."))
+        if ".." in parts:
+            raise ArchiveError(f"{name}: leads out of the directory")
+        return (self._rename, *parts[1:]) if self._rename and parts else parts
+
+    def _enter_parent(self, parts: tuple[str, ...]) -> int:
+        """The directory of a member, made if need be; stays open until the next one is asked for."""
+        if parts == self._parent[0] and self._parent[1] >= 0:
+            return self._parent[1]
+        self._leave_parent()
+        fd = os.dup(self._root)
+        try:
+            for part in parts:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o755, dir_fd=fd)
+                fd = self._enter(fd, part, [LINKS_LIMIT])
+        except BaseException:
+            os.close(fd)
+            raise
+        self._parent = (parts, fd)
+        return fd
+
+    def _leave_parent(self) -> None:
+        if self._parent[1] >= 0:
+            os.close(self._parent[1])
+        self._parent = ((), -1)
+
+    def _enter(self, directory: int, name: str, links_left: list[int]) -> int:
+        """Open a directory in another one, which is closed; not when that raises OSError or ArchiveError."""
+        try:
+            entered = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        except NotADirectoryError:  # what a link gives, too
+            link = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                target = self._read_link(name, link, links_left)
+            finally:
+                os.close(link)
+            entered = (
+                os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if target[0] == "/" else os.dup(directory)
+            )
+            try:
+                for part in target.split("/"):
+                    if part not in ("", "."):
+                        entered = self._enter(entered, part, links_left)
+            except BaseException:
+                os.close(entered)
+                raise
+        os.close(directory)
+        return entered
+
+    def _read_link(self, name: str, link: int, links_left: list[int]) -> str:
+        found = os.fstat(link)
+        if not stat.S_ISLNK(found.st_mode):
+            raise ArchiveError(f"{os.path.join(self._path, name)}: not a directory", Reason.NOT_A_DIRECTORY)
+        if (found.st_dev, found.st_ino) in self._made_links:
+            raise ArchiveError(f"{name}: a link of this archive, which is not followed")
+        if found.st_uid not in (0, os.geteuid()):
+            raise ArchiveError(f"{name}: a link of another user's, which is not followed")
+        links_left[0] -= 1
+        if links_left[0] < 0:
+            raise ArchiveError(f"{name}: too many levels of symbolic links")
+        return os.readlink("", dir_fd=link)
+
+    def _make_way(self, parent: int, name: str) -> None:
+        """Nothing but a directory has to go before another file takes its place."""
+        try:
+            found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(found.st_mode):
+            if self._strict:
+                raise ArchiveError(f"cannot overwrite directory {name!r} with non-directory")
+            import shutil
+
+            shutil.rmtree(name, dir_fd=parent)
+
+    def _make_directory(self, parent: int, name: str, parts: tuple[str, ...], member: tarfile.TarInfo) -> None:
+        try:
+            os.mkdir(name, 0o700, dir_fd=parent)
+        except FileExistsError:
+            found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            if not stat.S_ISDIR(found.st_mode):
+                if self._strict:
+                    raise ArchiveError(f"cannot overwrite non-directory {name!r} with directory") from None
+                os.unlink(name, dir_fd=parent)
+                os.mkdir(name, 0o700, dir_fd=parent)
+        self._directories.append((parts, member))
+
+    def _write_file(self, parent: int, name: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        """Write a file that has no name until it is whole; where that cannot be, one that only we know."""
+        content = tar.extractfile(member)
+        assert content is not None
+        temporary = f".sockerless-{secrets.token_hex(8)}"
+        named = False
+        try:
+            fd = os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=parent)
+        except OSError:  # the file system does not know it: EOPNOTSUPP, EISDIR
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o600, dir_fd=parent)
+            named = True
+        try:
+            with open(fd, "wb", buffering=0) as file:
+                while data := content.read(ARCHIVE_CHUNK):
+                    view = memoryview(data)
+                    while view:
+                        view = view[file.write(view) :]
+                self._set_attributes(fd, parent, member)
+                if not named:
+                    # open(2), O_TMPFILE: how such a file gets its name. link(2) replaces nothing, rename(2) does.
+                    os.link(f"/proc/self/fd/{fd}", temporary, dst_dir_fd=parent, follow_symlinks=True)
+                    named = True
+            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            if named:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=parent)
+            raise
+
+    def _link(self, member: tarfile.TarInfo, parent: int, temporary: str) -> None:
+        """A hard link to something below the directory; what is a link there is linked itself."""
+        target = self._split(member.linkname)
+        if not target:
+            raise ArchiveError(f"{member.name}: a hard link to a directory")
+        holder = os.dup(self._root)
+        try:
+            for part in target[:-1]:
+                holder = self._enter(holder, part, [LINKS_LIMIT])
+            os.link(target[-1], temporary, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            raise ArchiveError(f"{member.name}: a hard link to {member.linkname}, which is not there") from None
+        finally:
+            os.close(holder)
+
+    def _set_attributes(self, target: int | str, parent: int, member: tarfile.TarInfo) -> None:
+        """Owner, mode, extended attributes and times, in this order: each may undo one before it."""
+        at: dict[str, Any] = {} if isinstance(target, int) else {"dir_fd": parent, "follow_symlinks": False}
+        if self._owned:
+            os.chown(target, member.uid, member.gid, **at)
+        if isinstance(target, int):
+            os.fchmod(target, member.mode & 0o7777)
+            for key, value in member.pax_headers.items():
+                if key.startswith("SCHILY.xattr."):
+                    # Those that the file system, or the kernel for this user, does not take.
+                    with contextlib.suppress(OSError):
+                        name = key.removeprefix("SCHILY.xattr.")
+                        os.setxattr(target, name, value.encode("utf-8", "surrogateescape"))
+        elif not member.issym():
+            os.chmod(target, member.mode & 0o7777, dir_fd=parent)
+        moment = int(float(member.mtime) * 1e9)
+        os.utime(target, ns=(moment, moment), **at)
+
+    def _finish_directories(self) -> None:
+        """Give directories their attributes, the deepest first: what was put into them has changed their times."""
+        self._leave_parent()
+        for parts, member in reversed(self._directories):
+            fd = os.dup(self._root)
+            try:
+                for part in parts:
+                    fd = self._enter(fd, part, [LINKS_LIMIT])
+                self._set_attributes(fd, -1, member)
+            except (OSError, ArchiveError) as exc:  # somebody has moved it; the archive's own files are there
+                log.warning("archive: cannot finish the directory %s: %s", member.name, exc)
+            finally:
+                os.close(fd)
+        self._directories.clear()
+
+
+class ArchiveSession:
+    """A tar stream out of the container or into it, as a session of version 2."""
+
+    def __init__(self, host: SessionHost, request: ArchiveGet | ArchivePut, stdin_limit: int) -> None:
+        self.id = request.id
+        self.host = host
+        self.channel = host.open_channel(request.id)
+        self.secret = secrets.token_hex(16)
+        self.received = 0  # written by the thread of the connection that has the session
+        self.flow = Flow(_window_of(request))
+        self.started_at = time.time()
+        self._request = request
+        self._stdin_limit = stdin_limit
+        self._input = _TarInput(self._consumed)
+        self._told = 0  # bytes of stdin that have been acknowledged; the archive thread's alone
+
+    def run(self) -> None:
+        """Pack or unpack, in a pool thread."""
+        self.channel.send(Started(self.id, 0, self.secret))
+        self.flow.connect(self.channel)
+        request = self._request
+        extra = {"session": self.id}
+        log.info("archive %s: %s", "out of" if isinstance(request, ArchiveGet) else "into", request.path, extra=extra)
+        try:
+            if isinstance(request, ArchiveGet):
+                pack(request.path, self._put)
+            else:
+                self._unpack(request)
+        except ArchiveError as exc:
+            log.info("archive failed: %s", exc, extra=extra)
+            self.flow.finish(Error(self.id, str(exc), exc.reason))
+        except _Abandoned:
+            log.info("archive abandoned", extra=extra)
+            self.host.forget(self)
+        except Exception as exc:
+            log.exception("archive: unexpected error", extra=extra)
+            self.flow.finish(Error(self.id, f"unexpected error: {exc}", Reason.ARCHIVE_FAILED))
+        else:
+            self.flow.finish(Exit(self.id, 0))
+        self._input.close()
+
+    def _unpack(self, request: ArchivePut) -> None:
+        unpacker = Unpacker(request.path, request.no_overwrite_dir_non_dir, request.copy_uid_gid)
+        try:
+            unpacker.unpack(self._input)
+        finally:
+            unpacker.close()
+
+    def _put(self, data: bytes) -> None:
+        if not self.flow.wait_for_room():
+            raise _Abandoned
+        self.flow.put(Stream.STDOUT, data)
+
+    def _consumed(self, count: int) -> None:
+        if count - self._told >= PROGRESS_STEP or count == self.received:
+            self._told = count
+            self.flow.send(Ack(self.id, count))
+
+    def acknowledge_stdin(self) -> None:
+        self.flow.send(Ack(self.id, self._input.consumed()))
+
+    def write(self, data: bytes) -> None:
+        self.received += len(data)
+        if self._input.feed(data) > self._stdin_limit:
+            text = f"stdin: more than {self._stdin_limit} bytes are waiting"
+            self.host.send(Error(self.id, text, Reason.ARCHIVE_FAILED))
+            self.end()
+
+    def end_input(self) -> None:
+        self._input.end()
+
+    def send_signal(self, number: int) -> None:
+        """There is nobody to signal."""
+
+    def resize(self, width: int, height: int) -> None:
+        """There is no terminal."""
+
+    def end(self) -> None:
+        if self.flow.finished:
+            self.host.forget(self)
+        else:
+            self.leave()
+
+    def leave(self) -> Child | None:
+        self._input.close()
+        self.flow.close()
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        verb = "archive_get" if isinstance(self._request, ArchiveGet) else "archive_put"
+        state: dict[str, Any] = {"id": self.id, "kind": "archive", "pid": 0, "cmd": [verb, self._request.path]}
+        return state | {"tty": False, "user": "", "started_at": self.started_at}
+
+    @property
+    def child(self) -> Child | None:
+        """None: it is no process."""
+        return None
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 9  Health checks
 #    Owns the periodic check of Docker's HEALTHCHECK. One thread runs it; any
 #    thread may ask for its state.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -4056,8 +5032,9 @@ class HealthChecker:
     ended it (https://docs.docker.com/reference/dockerfile/#healthcheck).
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, on_change: Callable[[], None] = lambda: None) -> None:
         self._runtime = runtime
+        self._on_change = on_change  # called in the checking thread
         self._started = time.monotonic()
         self._stopped = threading.Event()
         self.ended = threading.Event()  # nothing of a check runs any more
@@ -4083,7 +5060,7 @@ class HealthChecker:
         with self._lock:
             self._check_over.set()
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """The state for ``/health``."""
         with self._lock:
             return {
@@ -4150,17 +5127,194 @@ class HealthChecker:
             after = self._status
         if after != before:
             log.info("health: %s, was %s (exit code %d)", after, before, result.exit_code)
+            self._on_change()
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 9  Connection
-#    Owns one WebSocket peer each, whichever side dialled. Threads: the library's
-#    receiver, which answers pings; the connection thread, which dispatches; the
-#    writer, the only one that sends. One heartbeat thread watches them all.
+# 10  Statistics
+#     Owns the figures of what runs: CPU, memory, threads, descriptors, I/O. Pool
+#     threads ask for them; psutil is imported when the first one does.
+# ══════════════════════════════════════════════════════════════════════════════
+
+CGROUP = "/sys/fs/cgroup"  # as a container sees its own, cgroups(7)
+
+
+class StatisticsError(AgentError):
+    """There are no statistics to be had here."""
+
+
+def _read_number(path: str) -> int | None:
+    """A number that a file of the kernel's holds; None for "max", or if there is none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def _owner_of(process: _ProcessInfo, children: Mapping[bytes, str], leaders: Mapping[int, str]) -> str | None:
+    """Which session a process says that it belongs to: by the mark in its environment, else by its leader."""
+    try:
+        with open(f"/proc/{process.pid}/environ", "rb") as file:
+            environment = file.read()
+    except OSError:  # gone, or another user's
+        environment = b""
+    at = environment.find(_agent_mark.encode())
+    if at >= 0:
+        owner = children.get(environment[at : environment.find(b"\0", at)])
+        if owner is not None:
+            return owner
+    return leaders.get(process.pid) or leaders.get(process.session)
+
+
+def _assign(processes: Sequence[_ProcessInfo], children: Mapping[str, Child]) -> dict[int, str]:
+    """The owner of each process that has one, its ancestors' if it does not say so itself; see find_processes()."""
+    cookies = {child.cookie: key for key, child in children.items()}
+    leaders = {child.pid: key for key, child in children.items()}
+    owners = {
+        process.pid: owner for process in processes if (owner := _owner_of(process, cookies, leaders)) is not None
+    }
+    size = -1
+    while size != len(owners):
+        size = len(owners)
+        owners |= {
+            process.pid: owners[process.parent]
+            for process in processes
+            if process.pid not in owners and process.parent in owners
+        }
+    return owners
+
+
+@dataclasses.dataclass(slots=True)
+class _Usage:
+    """The sum over some processes. Those that cannot be read, another user's for one, count as far as they can be."""
+
+    processes: int = 0
+    cpu_seconds: float = 0.0
+    memory: int = 0
+    threads: int = 0
+    fds: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+
+    def add(self, process: psutil.Process) -> None:
+        import psutil
+
+        self.processes += 1
+        times = process.cpu_times()
+        self.cpu_seconds += times.user + times.system
+        self.memory += process.memory_info().rss
+        self.threads += process.num_threads()
+        with contextlib.suppress(psutil.AccessDenied):
+            self.fds += process.num_fds()
+            counters = process.io_counters()
+            self.read_bytes += counters.read_bytes
+            self.write_bytes += counters.write_bytes
+
+
+def _describe_process(process: psutil.Process) -> dict[str, Any]:
+    import psutil
+
+    with process.oneshot():
+        times, memory = process.cpu_times(), process.memory_info()
+        state: dict[str, Any] = {"pid": process.pid, "ppid": process.ppid(), "uid": process.uids().effective}
+        try:
+            state["user"] = process.username()
+        except (KeyError, psutil.AccessDenied):
+            state["user"] = str(state["uid"])
+        state |= {"cpu_seconds": times.user + times.system, "start_time": process.create_time()}
+        state |= {"tty": process.terminal() or "", "state": process.status()}
+        state |= {"rss": memory.rss, "vsz": memory.vms, "name": process.name()}
+        try:
+            state["cmd"] = process.cmdline()
+        except psutil.AccessDenied:
+            state["cmd"] = []
+        return state
+
+
+def _describe_container(everything: _Usage) -> dict[str, Any]:
+    """The whole container, from its cgroup if there is one to see, else the sum of its processes."""
+    import psutil
+
+    state: dict[str, Any] = dataclasses.asdict(everything)
+    memory = _read_number(f"{CGROUP}/memory.current")
+    if memory is not None:
+        state["memory"] = memory
+    limit = _read_number(f"{CGROUP}/memory.max")
+    state["memory_limit"] = limit if limit is not None else psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError), open(f"{CGROUP}/cpu.stat", encoding="ascii") as file:
+        state["cpu_seconds"] = int(dict(line.split() for line in file)["usage_usec"]) / 1e6
+    whole = psutil.cpu_times()
+    state["system_cpu_seconds"] = sum(whole) - getattr(whole, "guest", 0) - getattr(whole, "guest_nice", 0)
+    network = {}
+    with contextlib.suppress(OSError):  # no /proc/net
+        for name, counters in psutil.net_io_counters(pernic=True).items():
+            network[name] = {
+                "rx_bytes": counters.bytes_recv,
+                "rx_packets": counters.packets_recv,
+                "rx_errors": counters.errin,
+                "rx_dropped": counters.dropin,
+                "tx_bytes": counters.bytes_sent,
+                "tx_packets": counters.packets_sent,
+                "tx_errors": counters.errout,
+                "tx_dropped": counters.dropout,
+            }
+    return state | {"network": network}
+
+
+def measure(children: Mapping[str, Child], processes: bool = False) -> dict[str, Any]:
+    """Statistics of the container, and of each child with all that it started.
+
+    Args:
+        children: by a key that the result has again.
+        processes: describe every process, too.
+
+    Returns:
+        ``time`` (Unix time), ``cpus``, ``memory_total``; ``container`` and, by key, ``trees``: each with
+        ``processes``, ``cpu_seconds``, ``memory`` (bytes resident), ``threads``, ``fds``, ``read_bytes`` and
+        ``write_bytes`` of the processes that run, the container with ``memory_limit``, ``system_cpu_seconds`` and
+        ``network``, too; ``processes``, if asked for.
+
+    Raises:
+        StatisticsError: if psutil is not installed.
+    """
+    try:
+        import psutil
+    except ImportError:
+        raise StatisticsError("statistics need the Python package psutil, which this image does not have") from None
+    found = [process for process in map(_read_process, psutil.pids()) if process is not None]
+    owners = _assign(found, children)
+    everything, trees = _Usage(), {key: _Usage() for key in children}
+    described = []
+    for info in found:
+        # It may end at any moment.
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process = psutil.Process(info.pid)
+            usage = _Usage()
+            with process.oneshot():
+                usage.add(process)
+                if processes:
+                    described.append(_describe_process(process))
+            for target in (everything, trees.get(owners.get(info.pid, "")) if info.pid in owners else None):
+                if target is not None:
+                    for field in dataclasses.fields(usage):
+                        setattr(target, field.name, getattr(target, field.name) + getattr(usage, field.name))
+    result: dict[str, Any] = {"time": time.time(), "cpus": psutil.cpu_count() or 1}
+    result |= {"memory_total": psutil.virtual_memory().total, "container": _describe_container(everything)}
+    result["trees"] = {key: dataclasses.asdict(usage) for key, usage in trees.items()}
+    return result | ({"processes": described} if processes else {})
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 11  Connection
+#     Owns one WebSocket peer each, whichever side dialled. Threads: the library's
+#     receiver, which answers pings; the connection thread, which dispatches; the
+#     writer, the only one that sends. One heartbeat thread watches them all.
 # ══════════════════════════════════════════════════════════════════════════════
 
 CLOSE_TIMEOUT = 3.0  # seconds for the closing handshake
 BACKLOG_LIMIT = 4 << 20  # bytes of error replies that may wait for a peer that does not read them
+CALLS_LIMIT = 64  # questions of one peer that may wait for their answers
 REMEMBERED_IDS = 4096  # ended sessions whose late messages are expected
 CONTROL_SIZE = 16  # bytes; a ping or pong of ours is smaller, a message is not
 IOV_MAX = 1024  # buffers in one sendmsg(2), see <limits.h>
@@ -4449,10 +5603,16 @@ class LimitError(AgentError):
 
 
 class SessionRegistry:
-    """Who is connected, and how many sessions there are in all."""
+    """Who is connected, what runs, and how many sessions there are in all."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(
+        self, limit: int, main: MainProcess | None = None, describe_health: Callable[[], dict[str, Any]] | None = None
+    ) -> None:
+        """``describe_health`` gives the health check's state."""
         self.limit = limit
+        self.detached = DetachedCommands()
+        self._main = main
+        self._describe_health = describe_health
         self._lock = threading.Lock()  # guards the attributes below
         self._count = 0
         self._peers: set[Peer] = set()
@@ -4506,9 +5666,63 @@ class SessionRegistry:
             self._resumable[session.secret] = session
 
     def describe_sessions(self) -> tuple[dict[str, Any], ...]:
+        """What runs: the main process first, then detached commands, then the sessions of version 2.
+
+        Each has ``id`` ("" for the main process), ``kind`` (main, detached, exec,
+        attach, archive), ``pid``, ``cmd``, ``tty``, ``user`` (as it was asked for),
+        ``started_at`` (Unix time) and ``connected``, once ended ``code``; what has
+        a replay log ``ended_at``, too.
+        """
+        logged: list[MainProcess | DetachedCommand] = [self._main] if self._main is not None else []
+        logged += self.detached.all()
         with self._lock:
             found = [(session, session not in self._parked) for session in self._resumable.values()]
-        return tuple({**session.describe(), "connected": connected} for session, connected in found)
+        listed = [{**process.describe(), "connected": False} for process in logged]
+        return tuple(listed + [{**session.describe(), "connected": connected} for session, connected in found])
+
+    def describe_statistics(self, processes: bool) -> dict[str, Any]:
+        """What measure() says, the tree of each that describe_sessions() lists with ``id`` and ``kind``.
+
+        Raises:
+            StatisticsError: if psutil is not installed.
+        """
+        with self._lock:
+            sessions = list(self._resumable.values())
+        logged: list[MainProcess | DetachedCommand] = [self._main] if self._main is not None else []
+        listed = [(source.describe(), source.child) for source in (*logged, *self.detached.all(), *sessions)]
+        children = {str(number): child for number, (_, child) in enumerate(listed) if child is not None}
+        result = measure(children, processes)
+        trees = result.pop("trees")
+        result["sessions"] = [
+            {name: listed[int(number)][0][name] for name in ("id", "kind", "pid", "cmd")} | tree
+            for number, tree in trees.items()
+        ]
+        return result
+
+    def describe_health(self) -> dict[str, Any]:
+        """What ``GET /health`` answers."""
+        state: dict[str, Any] = {"status": "ok"}
+        if self._main is not None:
+            code = self._main.code
+            state |= {"pid": self._main.pid, "exited": code is not None}
+            if code is not None:
+                state["exitCode"] = code
+        if self._describe_health is not None:
+            state["health"] = self._describe_health()
+        return state
+
+    def health_message(self, call_id: str = "") -> Health:
+        state = self.describe_health()
+        check = state.get("health", {})
+        last = check["log"][-1]["Output"] if check.get("log") else ""
+        return Health(check.get("status", ""), last, state, call_id)
+
+    def push_health(self) -> None:
+        """The health has changed: tell all clients of version 2."""
+        message = self.health_message()
+        for peer in self.peers():
+            if peer.version == 2:
+                peer.send(message)
 
     def park(self, session: FlowSession, channel: Channel, window: float, end: Callable[[Child], None]) -> None:
         """A session's connection has ended: keep it for ``window`` seconds, unless another connection has it already.
@@ -4548,6 +5762,9 @@ class SessionRegistry:
     # What a parked session uses: SessionHost.
 
     def open_channel(self, session_id: str) -> Channel:
+        raise AssertionError("a parked session has no connection")
+
+    def drop(self, session: Session) -> bool:
         raise AssertionError("a parked session has no connection")
 
     def send(self, message: Event) -> None:
@@ -4617,6 +5834,7 @@ class Peer:
         self._lock = threading.Lock()  # guards the attributes below
         self._sessions: dict[str, Session] = {}
         self._ended_ids: dict[str, None] = {}  # the latest, oldest first
+        self._calls: collections.deque[GetStats | ArchiveStat] = collections.deque()  # the first is being answered
         self.started = 0  # sessions so far; the connection thread's alone
         registry.add(self)
 
@@ -4694,17 +5912,20 @@ class Peer:
         except MessageError as exc:
             self._refuse(exc.id, str(exc), Reason.BAD_MESSAGE)
             return
-        if isinstance(request, Exec | Attach):
+        if isinstance(request, Exec | Attach | ArchiveGet | ArchivePut):
             self._start(request)
-        elif isinstance(request, ListSessions):
-            self.send(Sessions(self._registry.describe_sessions()))
+        elif isinstance(request, Call):
+            self._answer(request)
         elif isinstance(request, Resume):
             self._resume(request)
         else:
             with self._lock:
                 session = self._sessions.get(request.id)
                 ended = request.id in self._ended_ids
-            if session is not None:
+            if isinstance(request, Park):
+                if session is not None:
+                    self._park(session)
+            elif session is not None:
                 self._forward(request, session)
             elif not ended:  # what is late for an ended session is harmless
                 self._refuse(request.id, f"no session has the id {request.id[:80]!r}", Reason.UNKNOWN_SESSION)
@@ -4728,6 +5949,65 @@ class Peer:
             session.write(bytes(data))
         elif not ended:
             self._refuse(session_id, f"no session has the id {session_id[:80]!r}", Reason.UNKNOWN_SESSION)
+
+    def _answer(self, call: Call) -> None:
+        """Answer at once, or where that takes system calls without end, in a pool thread: one at a time."""
+        if isinstance(call, ListSessions):
+            self.send(Sessions(self._registry.describe_sessions(), call.id))
+            return
+        if isinstance(call, GetHealth):
+            self.send(self._registry.health_message(call.id))
+            return
+        with self._lock:
+            start = not self._calls
+            full = len(self._calls) >= CALLS_LIMIT
+            if not full:
+                self._calls.append(call)
+        if full:
+            self._refuse(call.id, f"more than {CALLS_LIMIT} questions are waiting for their answers", Reason.LIMIT)
+        elif start:
+            try:
+                self._runtime.pool.submit(self._answer_calls)
+            except RuntimeError as exc:
+                with self._lock:
+                    self._calls.clear()
+                self._refuse(call.id, f"cannot answer: {exc}", Reason.LIMIT)
+
+    def _answer_calls(self) -> None:
+        while True:
+            with self._lock:
+                call = self._calls[0]
+            try:
+                self.send(self._look_up(call))
+            except StatisticsError as exc:
+                self.send(Error(call.id, str(exc), Reason.UNAVAILABLE))
+            except ArchiveError as exc:
+                self.send(Error(call.id, str(exc), exc.reason))
+            except Exception as exc:
+                log.exception("cannot answer", extra={"peer": self.name})
+                self.send(Error(call.id, f"unexpected error: {exc}", Reason.UNAVAILABLE))
+            with self._lock:
+                self._calls.popleft()
+                if not self._calls:
+                    return
+
+    def _look_up(self, call: GetStats | ArchiveStat) -> Answer:
+        if isinstance(call, GetStats):
+            return Stats(self._registry.describe_statistics(call.processes), call.id)
+        return PathStat(call.id, stat_path(call.path))
+
+    def _park(self, session: Session) -> None:
+        """Whoever had the session, behind the listener that this peer is, has left it."""
+        resumable = cast(FlowSession, session)
+        window = self._runtime.config.resume_window
+        if window and resumable.secret:
+            self.drop(session)
+            self._registry.park(resumable, resumable.channel, window, self._end_child)
+        else:
+            session.end()
+
+    def _end_child(self, child: Child) -> None:
+        self._runtime.end_later([child])
 
     def _resume(self, request: Resume) -> None:
         with self._lock:
@@ -4783,7 +6063,7 @@ class Peer:
             except PermissionError:
                 self._refuse(request.id, "signal: the process belongs to another user", Reason.BAD_MESSAGE)
 
-    def _start(self, request: Exec | Attach) -> None:
+    def _start(self, request: Opening) -> None:
         with self._lock:
             taken = request.id in self._sessions
             count = len(self._sessions)
@@ -4794,14 +6074,17 @@ class Peer:
             self._refuse(request.id, f"session id {request.id[:80]!r} is in use", Reason.DUPLICATE_SESSION)
         elif refusal := self._registry.refusal:
             self._refuse(request.id, refusal, Reason.LIFETIME_EXPIRED)
-        elif isinstance(request, Attach) and self._main is None:
+        elif isinstance(request, Attach) and not request.session and self._main is None:
             self._refuse(request.id, "there is no main process to attach to", Reason.NO_MAIN_PROCESS)
+        elif isinstance(request, Attach) and request.session and self._registry.detached.find(request.session) is None:
+            text = f"no detached command has the id {request.session[:80]!r}"
+            self._refuse(request.id, text, Reason.NO_DETACHED_COMMAND)
         elif count >= limit:
             self._refuse(request.id, f"too many sessions: the connection's limit is {limit}", Reason.LIMIT)
         else:
             self._take_place_and_open(request)
 
-    def _take_place_and_open(self, request: Exec | Attach) -> None:
+    def _take_place_and_open(self, request: Opening) -> None:
         try:
             self._registry.take_place()
         except LimitError as exc:
@@ -4809,30 +6092,42 @@ class Peer:
             return
         try:
             self._open(request)
+        except LookupError as exc:
+            self._registry.give_place()
+            self._refuse(request.id, str(exc), Reason.ID_TAKEN)
         except (OSError, RuntimeError, ValueError) as exc:  # no descriptor or thread left
             self._registry.give_place()
             self._refuse(request.id, f"cannot start a session: {exc}", Reason.START_FAILED)
 
-    def _open(self, request: Exec | Attach) -> None:
-        """Raises OSError or RuntimeError if the system refuses a descriptor or thread."""
-        session: ExecSession | AttachSession
+    def _open(self, request: Opening) -> None:
+        """Raises OSError or RuntimeError if the system refuses a descriptor or thread, LookupError for a taken id."""
         (thread,) = self._runtime.pool.reserve(1)
         try:
-            if isinstance(request, Exec):
-                make = ExecSession if self.version == 1 else FlowExecSession
-                session = make(self._runtime, self, request)
-            else:
-                assert self._main is not None
-                session = (AttachSession if self.version == 1 else FlowAttachSession)(self, request, self._main)
-        except (OSError, ValueError):  # ValueError: an id that no data frame can hold
+            session = self._make_session(request)
+        except (OSError, ValueError, LookupError):  # ValueError: an id that no data frame can hold
             self._runtime.pool.release([thread])
             raise
-        if isinstance(session, FlowExecSession | FlowAttachSession):
+        if isinstance(session, FlowExecSession | FlowAttachSession | ArchiveSession):
             self._registry.register(session)
         with self._lock:
             self._sessions[request.id] = session
         self.started += 1
         thread.run(session.run)
+
+    def _make_session(self, request: Opening) -> ExecSession | AttachSession | DetachingSession | ArchiveSession:
+        if isinstance(request, ArchiveGet | ArchivePut):
+            return ArchiveSession(self, request, self._runtime.config.stdin_limit)
+        if isinstance(request, Attach):
+            target: LoggedProcess | None = self._main
+            if request.session:
+                target = self._registry.detached.find(request.session)
+            if target is None:  # it has made room for another since _start() looked
+                raise OSError("it has gone")
+            return (AttachSession if self.version == 1 else FlowAttachSession)(self, request, target)
+        if request.detach:
+            detached = self._registry.detached
+            return DetachingSession(self._runtime, self, request, detached, self._registry.give_place)
+        return (ExecSession if self.version == 1 else FlowExecSession)(self._runtime, self, request)
 
     def _leave(self) -> int:
         """End what the connection started, or in version 2 keep it for a while; returns how many sessions it had."""
@@ -4842,9 +6137,7 @@ class Peer:
         if self.version == 2 and window and not self._registry.refusal:
             for session in sessions:
                 resumable = cast(FlowSession, session)
-                self._registry.park(
-                    resumable, resumable.channel, window, lambda child: self._runtime.end_later([child])
-                )
+                self._registry.park(resumable, resumable.channel, window, self._end_child)
             return len(sessions)
         for session in sessions:
             self._registry.unregister(session)
@@ -4861,7 +6154,7 @@ class Peer:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 10  Server mode
+# 12  Server mode
 #     Owns the listening socket, authentication and the HTTP endpoints. Threads:
 #     the acceptor, and a pool thread for each connection from its handshake on.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -5031,9 +6324,7 @@ def is_foreign_page(request: HTTPRequest) -> bool:
 class Server:
     """Accepts WebSocket clients and answers ``GET /health``."""
 
-    def __init__(
-        self, runtime: Runtime, registry: SessionRegistry, main: MainProcess | None, health: HealthChecker | None
-    ) -> None:
+    def __init__(self, runtime: Runtime, registry: SessionRegistry, main: MainProcess | None) -> None:
         """Listen; connections are accepted from start() on.
 
         Raises:
@@ -5043,7 +6334,6 @@ class Server:
         self._runtime = runtime
         self._registry = registry
         self._main = main
-        self._health = health
         self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout)
         self._socket, self._handler = make_handler(
             self._serve_peer,
@@ -5104,7 +6394,7 @@ class Server:
             response.headers["Allow"] = "GET"
             return response
         if path == "/health":
-            response = connection.respond(http.HTTPStatus.OK, json.dumps(self.describe_health()) + "\n")
+            response = connection.respond(http.HTTPStatus.OK, json.dumps(self._registry.describe_health()) + "\n")
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "application/json"
             return response
@@ -5119,21 +6409,9 @@ class Server:
             return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
         return None
 
-    def describe_health(self) -> dict[str, object]:
-        """What ``GET /health`` answers."""
-        state: dict[str, object] = {"status": "ok"}
-        if self._main is not None:
-            code = self._main.code
-            state |= {"pid": self._main.pid, "exited": code is not None}
-            if code is not None:
-                state["exitCode"] = code
-        if self._health is not None:
-            state["health"] = self._health.describe()
-        return state
-
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 11  Reverse mode
+# 13  Reverse mode
 #     Owns the connection to a backend that this side dials, for functions that
 #     accept none. One thread, the dialer, dials and then serves the connection.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -5302,7 +6580,7 @@ class ReverseDialer:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 12  Command line
+# 14  Command line
 #     Owns the order of start and end, the signals, and the exit code. The main
 #     thread runs it, and after the start only waits.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -5324,13 +6602,17 @@ class Agent:
         self._config = config
         self._stop_signals = (signal.SIGTERM, config.stop_signal)
         self._runtime = Runtime(config, ThreadPool(), Reaper(config.init != "off"), TerminalPump())
-        self._registry = SessionRegistry(config.max_total_sessions)
         self._main = MainProcess(self._runtime) if config.keep_alive else None
-        self._health = HealthChecker(self._runtime) if config.health_cmd else None
+        self._health = HealthChecker(self._runtime, self._push_health) if config.health_cmd else None
+        describe_health = self._health.describe if self._health is not None else None
+        self._registry = SessionRegistry(config.max_total_sessions, self._main, describe_health)
         self._copier: OutputCopier | None = None
         # A signal's number, or one of the events above.
         self._events: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._expires = time.monotonic() + config.lifetime - config.lifetime_margin if config.lifetime else math.inf
+
+    def _push_health(self) -> None:
+        self._registry.push_health()
 
     def run(self) -> int:
         """Run until a signal, or the main process's end, ends it; returns the exit code."""
@@ -5350,7 +6632,7 @@ class Agent:
                     self._runtime, self._registry, self._main, lambda: self._events.put(BACKEND_GIVEN_UP)
                 )
             else:
-                front = Server(self._runtime, self._registry, self._main, self._health)
+                front = Server(self._runtime, self._registry, self._main)
         except OSError as exc:
             log.error("cannot listen on %s: %s", self._config.addr, exc.strerror or exc)
             return EXIT_FAILURE

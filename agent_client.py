@@ -22,6 +22,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hmac
 import http
 import http.client
@@ -62,19 +63,31 @@ from agent import (
     SUBPROTOCOL,
     Ack,
     Address,
+    Answer,
+    ArchiveError,
+    ArchiveGet,
+    ArchivePut,
+    ArchiveStat,
     Attach,
+    Call,
     Channel,
     CloseStdin,
     End,
     Error,
     Exec,
     Exit,
+    GetHealth,
+    GetStats,
+    Health,
     Heartbeat,
     LifetimeExpired,
     ListSessions,
     Lost,
     MessageError,
+    Opening,
     Output,
+    Park,
+    PathStat,
     QueuedConnection,
     Reason,
     Request,
@@ -85,9 +98,11 @@ from agent import (
     Sessions,
     Signal,
     Started,
+    Stats,
     Stdin,
     Stream,
     ThreadPool,
+    Unpacker,
     __version__,
     accept_forever,
     bearer_token,
@@ -98,9 +113,11 @@ from agent import (
     is_foreign_page,
     make_handler,
     open_listener,
+    pack,
     parse_address,
     parse_duration,
     parse_signal,
+    stat_path,
 )
 
 __all__ = [
@@ -278,7 +295,7 @@ class SessionReceiver(Protocol):
 class _ClientFlow:
     """What a version 2 connection knows of a session, to hold it back and to resume it."""
 
-    def __init__(self, request: Exec | Attach, receiver: SessionReceiver) -> None:
+    def __init__(self, request: Opening, receiver: SessionReceiver) -> None:
         self.id = request.id
         self.receiver = receiver
         # The receiving thread's alone.
@@ -371,6 +388,37 @@ class _StdinSender:
             self._room.notify_all()
 
 
+class _DetachReceiver:
+    """Waits for a detached command's start."""
+
+    def __init__(self) -> None:
+        self._outcome: queue.SimpleQueue[Started | ClientError] = queue.SimpleQueue()
+
+    def detached(self, event: Started) -> None:
+        self._outcome.put(event)
+
+    def output(self, event: Output) -> None:
+        """It has none here."""
+
+    def tell_consumed(self, consumed: Callable[[int], None]) -> None:
+        """It has no output here."""
+
+    def warning(self, error: SessionError) -> None:
+        log.warning("the agent reports: %s", error)
+
+    def ended(self, code: int) -> None:
+        self._outcome.put(SessionError(f"the command was not detached, and has ended with {code}"))
+
+    def failed(self, error: ClientError) -> None:
+        self._outcome.put(error)
+
+    def wait(self) -> Started:
+        outcome = self._outcome.get()
+        if isinstance(outcome, ClientError):
+            raise outcome
+        return outcome
+
+
 class AgentConn:
     """One connection to an agent, with any number of sessions on it at once.
 
@@ -399,12 +447,15 @@ class AgentConn:
         self._closing = threading.Event()
         self.on_outage: Callable[[bool], None] | None = None
         """Called with True when the connection is lost and is to be made again, with False when it is."""
+        self.on_health: Callable[[dict[str, Any]], None] | None = None
+        """Called when the health check's verdict changes, with what health() returns. Like on_outage, it is
+        called from the receiving thread, and must not block."""
         self._connection = connection  # replaced by the receiving thread, with _lock held
         self._online = True  # guarded by _lock, as all of these
         self._held: list[Request] = []  # to be sent once there is a connection again
         self._flows: dict[str, _ClientFlow] = {}
         self._senders: dict[str, _StdinSender] = {}
-        self._lists: collections.deque[queue.SimpleQueue[Sessions | None]] = collections.deque()
+        self._calls: dict[str, tuple[Call, queue.SimpleQueue[Answer | ClientError]]] = {}
         self._ids = map("{}-{}".format, itertools.repeat(secrets.token_hex(4)), itertools.count(1))
         self._lock = threading.Lock()  # guards the attributes below
         self._receivers: dict[str, SessionReceiver] = {}
@@ -495,15 +546,7 @@ class AgentConn:
             ConnectionLost: if the connection has ended.
             SessionError: for ``user``, if the agent speaks version 1 only.
         """
-        words = (os.fspath(cmd),) if isinstance(cmd, str | os.PathLike) else tuple(os.fspath(word) for word in cmd)
-        variables = tuple(f"{name}={value}" for name, value in (env or {}).items())
-        request = Exec(self.new_id(), words, variables, os.fspath(cwd or ""), tty, user)
-        if self.version == 2:
-            width, height = size or (0, 0)
-            empty = stdin == subprocess.DEVNULL
-            request = dataclasses.replace(request, width=width, height=height, no_stdin=empty)
-        elif user:
-            raise SessionError("the agent speaks version 1 of the protocol, which starts nothing as another user")
+        request = self._make_exec(cmd, env, cwd, tty, size, stdin, user)
         process = AgentProcess(self, request, text=text, encoding=encoding, errors=errors)
         self.start_session(request, process.receiver)
         if size is not None and self.version == 1:
@@ -512,14 +555,129 @@ class AgentConn:
             process.stdin.close()
         return process
 
-    def attach(self, *, text: bool = False, encoding: str | None = None, errors: str | None = None) -> AgentProcess:
+    def _make_exec(
+        self,
+        cmd: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+        env: Mapping[str, str] | None,
+        cwd: str | os.PathLike[str] | None,
+        tty: bool,
+        size: tuple[int, int] | None,
+        stdin: int,
+        user: str,
+    ) -> Exec:
+        """The request that popen's arguments mean."""
+        words = (os.fspath(cmd),) if isinstance(cmd, str | os.PathLike) else tuple(os.fspath(word) for word in cmd)
+        variables = tuple(f"{name}={value}" for name, value in (env or {}).items())
+        request = Exec(self.new_id(), words, variables, os.fspath(cwd or ""), tty)
+        if self.version == 1:
+            if user:
+                raise SessionError("the agent speaks version 1 of the protocol, which starts nothing as another user")
+            return request
+        width, height = size or (0, 0)
+        empty = stdin == subprocess.DEVNULL
+        return dataclasses.replace(request, user=user, width=width, height=height, no_stdin=empty)
+
+    def start_detached(
+        self,
+        cmd: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        tty: bool = False,
+        size: tuple[int, int] | None = None,
+        stdin: int = subprocess.DEVNULL,
+        user: str = "",
+    ) -> Started:
+        """Start a command that lives on without this connection, and wait until it has started.
+
+        Attach to it with ``attach(session_id=started.id)``, from any connection,
+        also after its end. The arguments are popen's; with ``stdin=PIPE`` it reads
+        what those who attach write, and waits for that.
+
+        Raises:
+            CommandNotFound, CommandNotExecutable, SessionError: if it cannot be started.
+            ConnectionLost: if the connection ends first.
+        """
+        self._need_version_2("detaches no command")
+        request = dataclasses.replace(self._make_exec(cmd, env, cwd, tty, size, stdin, user), detach=True)
+        receiver = _DetachReceiver()
+        self.start_session(request, receiver)
+        return receiver.wait()
+
+    def attach(
+        self,
+        session_id: str = "",
+        *,
+        replay: bool = True,
+        text: bool = False,
+        encoding: str | None = None,
+        errors: str | None = None,
+    ) -> AgentProcess:
         """Attach to the main process: its recent output first, then what it writes.
+
+        Args:
+            session_id: a detached command's, instead; version 2 only.
+            replay: False for no output from before; version 2 only.
 
         Raises:
             ConnectionLost: if the connection has ended.
+            SessionError: if the agent speaks version 1 only, and would have to do more.
         """
-        request = Attach(self.new_id())
+        if session_id or not replay:
+            self._need_version_2("attaches to the main process alone, with its replay")
+        request = Attach(self.new_id(), session=session_id, no_replay=not replay)
         process = AgentProcess(self, request, text=text, encoding=encoding, errors=errors)
+        self.start_session(request, process.receiver)
+        return process
+
+    def _need_version_2(self, what: str) -> None:
+        if self.version == 1:
+            raise SessionError(f"the agent speaks version 1 of the protocol, which {what}")
+
+    # Archives.
+
+    def stat_path(self, path: str, timeout: float = OPEN_TIMEOUT) -> dict[str, Any]:
+        """What is at ``path`` in the container, see :func:`agent.stat_path`.
+
+        Raises:
+            SessionError: with reason ``no_such_path``, if there is nothing.
+            ConnectionLost: if the connection has ended, or the agent does not answer.
+        """
+        answer = self._ask(ArchiveStat(self.new_id(), path), timeout)
+        assert isinstance(answer, PathStat)
+        return answer.stat
+
+    def archive_get(self, path: str) -> AgentProcess:
+        """Read the file or tree at ``path`` as a tar archive, from ``stdout``; wait() is 0 when that was all of it.
+
+        Raises:
+            SessionError: if the agent speaks version 1 only. What else is wrong, reading and wait() raise,
+                with reason ``no_such_path`` or ``archive_failed``.
+            ConnectionLost: if the connection has ended.
+        """
+        return self._start_archive(ArchiveGet(self.new_id(), path))
+
+    def archive_put(
+        self, path: str, *, no_overwrite_dir_non_dir: bool = False, copy_uid_gid: bool = False
+    ) -> AgentProcess:
+        """Unpack a tar archive into the directory ``path``: write it to ``stdin``, close that, and wait().
+
+        Args:
+            no_overwrite_dir_non_dir, copy_uid_gid: see :class:`agent.ArchivePut`.
+
+        Raises:
+            SessionError: if the agent speaks version 1 only. What else is wrong, wait() raises, with reason
+                ``no_such_path``, ``not_a_directory`` or ``archive_failed``.
+            ConnectionLost: if the connection has ended.
+        """
+        request = ArchivePut(
+            self.new_id(), path, no_overwrite_dir_non_dir=no_overwrite_dir_non_dir, copy_uid_gid=copy_uid_gid
+        )
+        return self._start_archive(request)
+
+    def _start_archive(self, request: ArchiveGet | ArchivePut) -> AgentProcess:
+        self._need_version_2("has no archives")
+        process = AgentProcess(self, request)
         self.start_session(request, process.receiver)
         return process
 
@@ -608,7 +766,7 @@ class AgentConn:
 
     # What sessions use.
 
-    def start_session(self, request: Exec | Attach, receiver: SessionReceiver) -> None:
+    def start_session(self, request: Opening, receiver: SessionReceiver) -> None:
         """Send a request whose events go to ``receiver``.
 
         Raises:
@@ -647,35 +805,76 @@ class AgentConn:
             return list(self._flows.values())
 
     def sessions(self, timeout: float = OPEN_TIMEOUT) -> list[dict[str, Any]]:
-        """What runs in the container: ``id``, ``pid``, ``cmd``, ``tty``, ``connected``, and ``code`` once ended.
+        """What runs in the container, see :meth:`agent.SessionRegistry.describe_sessions`.
 
         Raises:
             SessionError: if the agent speaks version 1 only.
             ConnectionLost: if the connection has ended, or the agent does not answer.
         """
-        if self.version == 1:
-            raise SessionError("the agent speaks version 1 of the protocol, which has no list of sessions")
-        answer: queue.SimpleQueue[Sessions | None] = queue.SimpleQueue()
-        with self._lock:
-            self._lists.append(answer)
-        self.send(ListSessions())
-        try:
-            listed = answer.get(timeout=timeout)
-        except queue.Empty:
-            listed = None
-        if listed is None:
-            raise ConnectionLost("the agent did not answer")
-        return list(listed.sessions)
+        answer = self._ask(ListSessions(self.new_id()), timeout)
+        assert isinstance(answer, Sessions)
+        return list(answer.sessions)
 
-    def end_session(self, session_id: str, attached: bool) -> None:
-        """End a session as the loss of its connection would: a command's whole tree, or an attachment.
+    def stats(self, processes: bool = False, timeout: float = OPEN_TIMEOUT) -> dict[str, Any]:
+        """CPU, memory and I/O of the container, and in ``sessions`` of each session's tree, see :func:`agent.measure`.
+
+        Raises:
+            SessionError: if the agent speaks version 1 only, or has no psutil (reason ``unavailable``).
+            ConnectionLost: if the connection has ended, or the agent does not answer.
+        """
+        answer = self._ask(GetStats(self.new_id(), processes), timeout)
+        assert isinstance(answer, Stats)
+        return answer.stats
+
+    def health(self, timeout: float = OPEN_TIMEOUT) -> dict[str, Any]:
+        """What the agent's ``GET /health`` answers, also of an agent that has none, in reverse mode.
+
+        Raises:
+            SessionError: if the agent speaks version 1 only.
+            ConnectionLost: if the connection has ended, or the agent does not answer.
+        """
+        answer = self._ask(GetHealth(self.new_id()), timeout)
+        assert isinstance(answer, Health)
+        return answer.state
+
+    def _ask(self, call: Call, timeout: float) -> Answer:
+        self._need_version_2("has no such question")
+        answers: queue.SimpleQueue[Answer | ClientError] = queue.SimpleQueue()
+        with self._lock:
+            if self._lost is not None:
+                raise ConnectionLost(str(self._lost))
+            self._calls[call.id] = (call, answers)
+        self.send(call)
+        try:
+            answer = answers.get(timeout=timeout)
+        except queue.Empty:
+            raise ConnectionLost(f"the agent did not answer within {timeout:g} s") from None
+        finally:
+            with self._lock:
+                self._calls.pop(call.id, None)
+        if isinstance(answer, ClientError):
+            raise answer
+        return answer
+
+    def _answered(self, call_id: str, answer: Answer | ClientError) -> bool:
+        """Hand an answer to who has asked; False if nobody has."""
+        with self._lock:
+            call = self._calls.get(call_id)
+        if call is not None:
+            call[1].put(answer)
+        return call is not None
+
+    def end_session(self, session_id: str, exit_follows: bool) -> None:
+        """End a session as the loss of its connection would: a command's whole tree, an attachment, an archive.
 
         A deployed Go agent does not know the request; there a command's process
         group gets SIGHUP, and SIGKILL after END_GRACE seconds.
         """
         self.send(End(session_id))
-        if attached:
+        if not exit_follows:
             self._forget(session_id)  # as at any session's end: else it would be resumed after an outage
+            return
+        if self.version == 2:
             return
         self.send(Signal(session_id, "HUP"))
         killing = threading.Timer(END_GRACE, self._kill_if_there, (session_id,))
@@ -735,14 +934,13 @@ class AgentConn:
             self._lost = ConnectionLost(why)
             receivers = list(self._receivers.values())
             senders = list(self._senders.values())
-            lists = list(self._lists)
+            calls = list(self._calls.values())
             for kept in (self._receivers, self._flows, self._senders):
                 kept.clear()
-            self._lists.clear()
         for sender in senders:
             sender.discard()
-        for answer in lists:
-            answer.put(None)
+        for _, answers in calls:
+            answers.put(ConnectionLost(why))
         for receiver in receivers:
             receiver.failed(ConnectionLost(why))
 
@@ -750,7 +948,7 @@ class AgentConn:
         """Version 2: connect again, and resume what runs; False if that is not to be."""
         if self.version == 1 or self._redial is None or not self._patience:
             return False
-        if self._closing.is_set() or not self._live_flows():
+        if self._closing.is_set() or not (self._live_flows() or self._calls):
             return False
         with self._lock:
             self._online = False
@@ -797,7 +995,10 @@ class AgentConn:
                 flow.sent = True
             held, self._held = self._held, []
             for message in held:
-                connection.outbox.send(message)
+                if not isinstance(message, Call):
+                    connection.outbox.send(message)
+            for call, _ in self._calls.values():  # the answer may have been lost: ask again
+                connection.outbox.send(call)
             self._online = True
         for sender in new:  # what is queued on a channel goes out behind the requests
             sender.connect(Channel(connection.outbox, sender.id, binary=True), 0)
@@ -845,11 +1046,9 @@ class AgentConn:
             self._expire()
         elif isinstance(event, Output | Exit | Error):
             self._deliver(event)
-        elif isinstance(event, Sessions):
-            with self._lock:
-                answer = self._lists.popleft() if self._lists else None
-            if answer is not None:
-                answer.put(event)
+        elif isinstance(event, Answer):
+            if not self._answered(event.id, event) and isinstance(event, Health) and self.on_health is not None:
+                self.on_health(event.state)
         elif event is not None:
             self._control(event)
 
@@ -871,6 +1070,9 @@ class AgentConn:
             return
         elif isinstance(event, Started):
             flow.started = event
+            if isinstance(flow.receiver, _DetachReceiver):
+                self._forget(event.id)
+                flow.receiver.detached(event)
         elif isinstance(event, Lost):
             flow.receiver.output(Output(event.id, Stream.STDERR, b"", event.bytes))
         else:
@@ -889,6 +1091,8 @@ class AgentConn:
         """The connection has ended, and no session has been told yet."""
 
     def _deliver(self, event: Output | Exit | Error) -> None:
+        if isinstance(event, Error) and self._answered(event.id, _session_error(event)):
+            return
         final = isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL)
         with self._lock:
             receiver = self._receivers.get(event.id)
@@ -899,7 +1103,7 @@ class AgentConn:
             return
         if final and receiver is not None:
             self._forget(event.id)
-            if self.version == 2 and isinstance(event, Exit):
+            if self.version == 2:
                 self.send(End(event.id))  # the agent keeps it no longer
         if receiver is None:
             if isinstance(event, Error):
@@ -1091,8 +1295,9 @@ class _InputStream(io.RawIOBase):
 class _ProcessReceiver:
     """Takes a session's events for its AgentProcess; entered by the receiving thread alone."""
 
-    def __init__(self, conn: AgentConn, session_id: str, attached: bool) -> None:
-        self.stdin = _InputStream(conn, session_id)
+    def __init__(self, conn: AgentConn, request: Opening) -> None:
+        self.what = "the main process" if isinstance(request, Attach) else "the archive"
+        self.stdin = _InputStream(conn, request.id)
         self.stdout = _OutputStream()
         self.stderr = _OutputStream()
         self.finished = threading.Event()
@@ -1101,8 +1306,8 @@ class _ProcessReceiver:
         self.warnings: list[SessionError] = []
         self.lost = 0
         self._conn = conn
-        self._id = session_id
-        self._attached = attached
+        self._id = request.id
+        self._exit_follows = isinstance(request, Exec)
         self._ending = False
 
     def output(self, event: Output) -> None:
@@ -1110,10 +1315,10 @@ class _ProcessReceiver:
         target = self.stdout if event.stream is Stream.STDOUT else self.stderr
         if target.closed and not self._ending:
             self._ending = True  # in place of the SIGPIPE that a closed pipe would give
-            self._conn.end_session(self._id, self._attached)
+            self._conn.end_session(self._id, self._exit_follows)
         if not target.feed(event.data) and not self.finished.is_set():
-            self._conn.end_session(self._id, self._attached)
-            fate = "this side is detached" if self._attached else "the command was killed"
+            self._conn.end_session(self._id, self._exit_follows)
+            fate = "the command was killed" if self._exit_follows else f"this side is detached from {self.what}"
             self.failed(SessionError(f"more than {UNREAD_LIMIT} bytes of output were not read: {fate}"))
 
     def tell_consumed(self, consumed: Callable[[int], None]) -> None:
@@ -1166,20 +1371,27 @@ class _Collector:
 
 
 class AgentProcess:
-    """A command, or the main process, as subprocess.Popen shows one.
+    """A command, the main process, or an archive, as subprocess.Popen shows a command.
 
     Attributes:
-        args: the command, () for the main process.
+        args: the command, else ().
         stdin, stdout, stderr: file objects, binary or text.
     """
 
     def __init__(
-        self, conn: AgentConn, request: Exec | Attach, *, text: bool, encoding: str | None, errors: str | None
+        self,
+        conn: AgentConn,
+        request: Opening,
+        *,
+        text: bool = False,
+        encoding: str | None = None,
+        errors: str | None = None,
     ) -> None:
         self.args: tuple[str, ...] = request.cmd if isinstance(request, Exec) else ()
         self.id = request.id
-        self._attached = isinstance(request, Attach)
-        self.receiver = _ProcessReceiver(conn, request.id, self._attached)
+        self._exit_follows = isinstance(request, Exec)
+        self._put = isinstance(request, ArchivePut)
+        self.receiver = _ProcessReceiver(conn, request)
         self._conn = conn
         self._collectors: list[_Collector] = []
         self._text = text or encoding is not None or errors is not None
@@ -1333,12 +1545,15 @@ class AgentProcess:
 
     def end(self) -> None:
         """End the command with all its descendants: SIGHUP, and SIGKILL after the agent's kill timeout."""
-        self._conn.end_session(self.id, attached=False)
+        if self._exit_follows:
+            self._conn.end_session(self.id, True)
+        else:
+            self.detach()
 
     def detach(self) -> None:
-        """Leave the main process alone from now on; what has arrived can still be read."""
-        self._conn.end_session(self.id, attached=True)
-        self.receiver.failed(SessionError("detached from the main process"))
+        """Leave the main process alone from now on, or give an archive up; what has arrived can still be read."""
+        self._conn.end_session(self.id, False)
+        self.receiver.failed(SessionError(f"detached from {self.receiver.what}"))
 
     def __enter__(self) -> Self:
         return self
@@ -1347,13 +1562,14 @@ class AgentProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """As subprocess.Popen: close all streams and wait; who writes what nobody reads is ended. Detach from main."""
-        if self._attached:
+        waits = self._exit_follows or (self._put and kind is None)
+        if not waits:
             self.detach()
         with contextlib.suppress(BrokenPipeError):
             self.stdin.close()
         self.stdout.close()
         self.stderr.close()
-        if not self._attached:
+        if waits:
             self.wait()
 
 
@@ -1511,7 +1727,7 @@ class _Bridge:
 
     def _overflowed(self) -> None:
         """The Docker client reads so slowly that what waits would fill the memory: version 1 holds nothing back."""
-        self._conn.end_session(self._request.id, self._attached)
+        self._conn.end_session(self._request.id, not self._attached)
         self._events.failed(
             SessionError(f"more than {BRIDGE_LIMIT} bytes of output were not read: the session was ended")
         )
@@ -1564,7 +1780,7 @@ class _Bridge:
         if self._attached:
             self._channel.send(CloseStdin(self._request.id))
             self._events.failed(ConnectionLost("the Docker client has left"))
-        self._conn.end_session(self._request.id, self._attached)
+        self._conn.end_session(self._request.id, not self._attached)
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -1854,7 +2070,7 @@ class _RelayedSession:
 
     def end(self) -> None:
         """The client has left, or asks for it."""
-        self._conn.end_session(self.remote_id, not self.is_exec)
+        self._conn.end_session(self.remote_id, self.is_exec)
 
     def warning(self, error: SessionError) -> None:
         self._outbox.send(Error(self.id, str(error), error.reason))
@@ -1916,7 +2132,8 @@ class _Relay:
         except MessageError as exc:
             self._client.outbox.send(Error(exc.id, str(exc), Reason.BAD_MESSAGE))
             return
-        assert not isinstance(request, Ack | Resume | ListSessions)  # of version 2, which is not decoded here
+        # Of version 2, which is not decoded here.
+        assert not isinstance(request, Ack | Resume | Park | Call | ArchiveGet | ArchivePut)
         session = self._sessions.get(request.id)
         if isinstance(request, Exec | Attach):
             if session is not None and not session.finished:
@@ -2027,6 +2244,9 @@ class _LocalSession:
     def run(self) -> int:
         """Carry bytes and signals until the session ends; returns its exit code."""
         self._catch_signals()
+        size = self._terminal.size()
+        if self._tty and size is not None and self._conn.version == 2 and isinstance(self._request, Exec):
+            self._request = dataclasses.replace(self._request, width=size[0], height=size[1])
         self._conn.start_session(self._request, self._events)
         # Raw only where keys are forwarded: else Ctrl-C must go on to interrupt us.
         raw = self._terminal if self._tty and self._interactive else contextlib.nullcontext()
@@ -2123,6 +2343,8 @@ def _make_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--token-file", metavar="PATH", help="read the bearer token from PATH (or SOCKERLESS_AGENT_TOKEN)"
     )
+    common.add_argument("--via", metavar="HOST:PORT", help="through the listener there, which the agent has dialled")
+    common.add_argument("--agent", metavar="ID", help="with --via: the agent's id")
     session = _Parser(add_help=False, parents=[common])
     session.add_argument("-i", "--interactive", action="store_true", help="forward stdin")
     session.add_argument("-t", "--tty", action="store_true", help="on a terminal")
@@ -2143,22 +2365,38 @@ def _make_parser() -> argparse.ArgumentParser:
         "-e", "--env", metavar="K=V", action="append", default=[], help="set a variable (K alone: from here)"
     )
     run.add_argument("-u", "--user", metavar="USER", default="", help="as this user: name, uid, name:group or uid:gid")
+    run.add_argument(
+        "-d", "--detach", action="store_true", help="start it, print its id, and leave it running: see attach, ps"
+    )
     run.add_argument("-w", "--workdir", metavar="DIR", default="", help="working directory")
     run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="the command and its arguments")
     attach = commands.add_parser(
-        "attach", parents=[session], help="attach to the main process; -it detaches with Ctrl-P Ctrl-Q"
+        "attach", parents=[session], help="attach to the main process, or a detached command; -it detaches with "
+        "Ctrl-P Ctrl-Q"
+    )  # fmt: skip
+    attach.add_argument("id", nargs="?", default="", metavar="ID", help="of a command that exec -d has started")
+    attach.add_argument("--no-replay", dest="replay", action="store_false", help="no output from before")
+    copy = commands.add_parser(
+        "cp",
+        parents=[common],
+        help="copy files and trees into or out of the container, as docker cp does",
+        description="One of the two is in the container, and begins with a colon: cp :/etc/hosts . copies out of it. "
+        "- is a tar archive on stdin or stdout. What lies there already is replaced; a tree is copied into a "
+        "directory that exists, and only what it holds if SRC ends with /.",
     )
-    for command in (run, attach):
-        command.add_argument(
-            "--via", metavar="HOST:PORT", help="through the listener there, which the agent has dialled"
-        )
-        command.add_argument("--agent", metavar="ID", help="with --via: the agent's id")
+    copy.add_argument("-a", "--archive", action="store_true", help="keep the owners' numbers (root only)")
+    copy.add_argument("-L", "--follow-link", action="store_true", help="copy what SRC links to")
+    copy.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    copy.add_argument("source", metavar="SRC")
+    copy.add_argument("target", metavar="DST")
     listen = commands.add_parser("listen", help="accept agents in reverse mode, and serve clients with --via")
     listen.add_argument("--addr", default=":8080", help="where to listen (default: %(default)s)")
     listen.add_argument(
         "--token-file", metavar="PATH", help="read the token that agents and clients must show from PATH"
     )
-    commands.add_parser("ps", parents=[common], help="list the sessions in the container")
+    commands.add_parser("ps", parents=[common], help="list what runs in the container")
+    stats = commands.add_parser("stats", parents=[common], help="print what it uses: CPU, memory, I/O")
+    stats.add_argument("--json", action="store_true", help="all figures, as JSON")
     commands.add_parser("health", parents=[common], help="print the agent's health; exit status 1 if unhealthy")
     return parser
 
@@ -2191,13 +2429,18 @@ def _run_exec(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
         parser.error("exec: no command given")
     if options.tty and options.interactive and not os.isatty(0):
         raise ClientError("the input device is not a terminal: leave out -t")
-    request = Exec("exec", tuple(cmd), tuple(_variables(options.env)), options.workdir, options.tty, options.user)
     with _dial_as_told(options) as conn:
-        if options.user and conn.version == 1:
-            raise ClientError(
-                "--user: the agent speaks version 1 of the protocol, which starts nothing as another user"
-            )
-        return _LocalSession(conn, request, options).run()
+        request = Exec(conn.new_id(), tuple(cmd), tuple(_variables(options.env)), options.workdir, options.tty)
+        if conn.version == 1 and (options.user or options.detach):
+            what = "--user" if options.user else "--detach"
+            raise ClientError(f"{what}: the agent speaks version 1 of the protocol, which has no such thing")
+        request = dataclasses.replace(request, user=options.user)
+        if not options.detach:
+            return _LocalSession(conn, request, options).run()
+        receiver = _DetachReceiver()
+        conn.start_session(dataclasses.replace(request, detach=True, no_stdin=not options.interactive), receiver)
+        print(receiver.wait().id)
+        return 0
 
 
 def _dial_as_told(options: argparse.Namespace) -> AgentConn:
@@ -2209,7 +2452,8 @@ def _dial_as_told(options: argparse.Namespace) -> AgentConn:
         address = parse_address(options.via)
         where = Address(address.host or "127.0.0.1", address.port)
         addr = f"ws://{where}/agents/{urllib.parse.quote(options.agent, safe='')}/ws"
-    conn = AgentConn.dial(addr, _read_token(options), patience=options.reconnect)
+    patience = getattr(options, "reconnect", RESUME_PATIENCE)
+    conn = AgentConn.dial(addr, _read_token(options), patience=patience)
     conn.on_outage = _show_outage
     return conn
 
@@ -2255,7 +2499,10 @@ def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
 def _run_attach(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     with _dial_as_told(options) as conn:
         try:
-            return _LocalSession(conn, Attach("attach"), options).run()
+            if options.id or not options.replay:
+                conn._need_version_2("attaches to the main process alone, with its replay")
+            request = Attach(conn.new_id(), session=options.id, no_replay=not options.replay)
+            return _LocalSession(conn, request, options).run()
         except _Detached:
             return 0
 
@@ -2308,23 +2555,266 @@ def fetch_health(addr: str) -> dict[str, Any]:
 
 
 def _run_health(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    state = fetch_health(options.addr)
+    if options.via is None:
+        state = fetch_health(options.addr)
+    else:
+        with _dial_as_told(options) as conn:
+            state = conn.health()
     print(json.dumps(state, indent=2))
     healthy = state.get("status") == "ok" and state.get("health", {}).get("status") != "unhealthy"
     return 0 if healthy else 1
 
 
 def _run_ps(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    with AgentConn.dial(options.addr, _read_token(options), patience=0) as conn:
+    with _dial_as_told(options) as conn:
         sessions = conn.sessions()
-    print(f"{'ID':20} {'PID':>7} {'STATE':12} COMMAND")
+    print(f"{'ID':20} {'KIND':9} {'PID':>7} {'STATE':12} COMMAND")
     for entry in sessions:
-        state = (
-            f"ended ({entry['code']})" if "code" in entry else "running" if entry.get("connected") else "unconnected"
-        )
-        command = " ".join(map(shlex.quote, entry.get("cmd") or ["(attached)"]))
-        print(f"{entry.get('id', ''):20} {entry.get('pid', 0):>7} {state:12} {command}")
+        kind = entry.get("kind", "")
+        if "code" in entry:
+            state = f"ended ({entry['code']})"
+        elif kind in ("main", "detached") or entry.get("connected"):
+            state = "running"
+        else:
+            state = "unconnected"
+        command = _printable(" ".join(map(shlex.quote, entry.get("cmd") or ["-"])))
+        print(f"{_printable(entry.get('id') or '-'):20} {kind:9} {entry.get('pid') or '-':>7} {state:12} {command}")
     return 0
+
+
+def _printable(text: str) -> str:
+    """``text`` without what would do something to a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+STATS_PAUSE = 1.0  # seconds between the two measurements that CPU % is reckoned from
+
+
+def _run_stats(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    with _dial_as_told(options) as conn:
+        before = conn.stats()
+        if options.json:
+            print(json.dumps(before, indent=2))
+            return 0
+        time.sleep(STATS_PAUSE)
+        now = conn.stats()
+    seconds = max(now["time"] - before["time"], 1e-6)
+    cpu_before = {entry["id"]: entry["cpu_seconds"] for entry in before["sessions"]}
+    print(
+        f"{'ID':20} {'CPU %':>7} {'MEMORY':>10} {'PROCESSES':>9} {'THREADS':>7} {'FDS':>5} {'READ':>10} {'WRITTEN':>10}"
+    )
+    total = {**now["container"], "id": "(all)"}
+    cpu_before["(all)"] = before["container"]["cpu_seconds"]
+    for entry in (*now["sessions"], total):
+        spent = entry["cpu_seconds"] - cpu_before.get(entry["id"], entry["cpu_seconds"])
+        print(
+            f"{_printable(entry['id'] or 'main process'):20} {spent / seconds:>7.1%} {_size(entry['memory']):>10} "
+            f"{entry['processes']:>9} {entry['threads']:>7} {entry['fds']:>5} {_size(entry['read_bytes']):>10} "
+            f"{_size(entry['write_bytes']):>10}"
+        )
+    return 0
+
+
+def _size(count: float) -> str:
+    units = ["TiB", "GiB", "MiB", "KiB"]
+    if count < 1024:
+        return f"{count:.0f} B"
+    count /= 1024
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        units.pop()
+    return f"{count:.1f} {units[-1]}"
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# Copying
+# ══════════════════════════════════════════════════════════════════════════════
+
+
+class _Place:
+    """SRC or DST of ``cp``: a path here, or in the container."""
+
+    def __init__(self, text: str, conn: AgentConn) -> None:
+        self.remote = text.startswith(":")
+        self.path = text[1:] if self.remote else text
+        self._conn = conn
+        if not self.path:
+            raise ClientError("cp: an empty path")
+        if not self.remote:
+            ending = "/." if text.endswith("/.") else "/" if text.endswith("/") else ""
+            self.path = os.path.abspath(text).rstrip("/") + ending or "/"
+
+    def stat(self, path: str = "") -> dict[str, Any] | None:
+        """What is there, see agent.stat_path(); None if there is nothing."""
+        try:
+            return self._conn.stat_path(path or self.path) if self.remote else stat_path(path or self.path)
+        except ArchiveError as exc:
+            if exc.reason == Reason.NO_SUCH_PATH:
+                return None
+            raise ClientError(f"cp: {exc}") from None
+        except SessionError as exc:
+            if exc.reason == Reason.NO_SUCH_PATH:
+                return None
+            raise
+
+    def is_directory(self) -> bool:
+        """Whether a directory is there, or a link to one."""
+        return self.stat(self.path.rstrip("/").removesuffix("/.") + "/.") is not None
+
+    def split(self) -> tuple[str, str]:
+        """The directory that it is in, and its name there."""
+        head, name = os.path.split(self.path.rstrip("/"))
+        return head or "/", name
+
+
+def _plan_copy(source: _Place, target: _Place) -> tuple[str, str, str]:
+    """What `docker cp` does with these: the path to pack, the directory to unpack it into, its name there or "".
+
+    https://docs.docker.com/reference/cli/docker/container/cp/
+
+    Raises:
+        ClientError: if it would refuse them.
+    """
+    found = source.stat()
+    if found is None:
+        raise ClientError(f"cp: {source.path}: no such file or directory")
+    is_directory = found["mode"] >> 31 & 1
+    if target.is_directory():
+        return source.path, target.path, ""
+    exists = target.stat(target.path.rstrip("/")) is not None
+    if target.path.endswith("/") and not is_directory:
+        fault = "not a directory" if exists else "no such directory"
+        raise ClientError(f"cp: {target.path}: {fault}")
+    if exists and is_directory:
+        raise ClientError(f"cp: {target.path}: cannot copy a directory over a file")
+    parent, name = target.split()
+    return source.path.removesuffix("/.") or "/", parent, name
+
+
+class _Progress:
+    """A progress bar on stderr, if that is a terminal and tqdm is installed."""
+
+    def __init__(self, quiet: bool, total: int | None) -> None:
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+
+    def advance(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Counted:
+    """A stream that a progress bar follows."""
+
+    def __init__(self, stream: IO[bytes], progress: _Progress) -> None:
+        self._stream = stream
+        self._progress = progress
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        self._progress.advance(len(data))
+        return data
+
+    def write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._progress.advance(len(data))
+
+
+def _run_cp(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    places = (options.source, options.target)
+    if sum(text.startswith(":") for text in places) != 1:
+        parser.error("cp: one of SRC and DST is in the container, and begins with a colon")
+    with _dial_as_told(options) as conn:
+        if options.target.startswith(":"):
+            _copy_in(conn, options)
+        else:
+            _copy_out(conn, options)
+    return 0
+
+
+def _resolve(options: argparse.Namespace, conn: AgentConn) -> _Place:
+    source = _Place(options.source, conn)
+    if options.follow_link:
+        found = source.stat()
+        if found is not None and found["linkTarget"]:
+            source.path = found["linkTarget"]
+    return source
+
+
+def _copy_in(conn: AgentConn, options: argparse.Namespace) -> None:
+    target = _Place(options.target, conn)
+    if options.source == "-":
+        progress = _Progress(options.quiet, None)
+        process = conn.archive_put(target.path, copy_uid_gid=False)
+        feed: Callable[[Callable[[bytes], None]], None] = functools.partial(_pour, sys.stdin.buffer)
+    else:
+        path, directory, name = _plan_copy(_resolve(options, conn), target)
+        progress = _Progress(options.quiet, _tree_size(path) if sys.stderr.isatty() else None)
+        process = conn.archive_put(directory, no_overwrite_dir_non_dir=True, copy_uid_gid=not options.archive)
+        feed = functools.partial(pack, path, name=name)
+    counted = _Counted(process.stdin, progress)
+    try:
+        feed(counted.write)
+        process.stdin.close()
+    except ArchiveError as exc:
+        process.end()
+        raise ClientError(f"cp: {exc}") from None
+    except BrokenPipeError:
+        pass  # the agent has refused it: wait() says why
+    finally:
+        progress.close()
+    process.wait()
+
+
+def _copy_out(conn: AgentConn, options: argparse.Namespace) -> None:
+    source = _resolve(options, conn)
+    if options.target == "-":
+        path, directory, name = source.path, "", ""
+    else:
+        path, directory, name = _plan_copy(source, _Place(options.target, conn))
+    found = source.stat() or {}
+    is_file = not found.get("mode", 0) >> 31 & 1
+    progress = _Progress(options.quiet, found.get("size") if is_file else None)
+    process = conn.archive_get(path)
+    counted = _Counted(process.stdout, progress)
+    try:
+        if directory:
+            unpacker = Unpacker(directory, True, not options.archive, name)
+            with contextlib.closing(unpacker):
+                unpacker.unpack(counted)
+        else:
+            _pour(counted, sys.stdout.buffer.write)
+    except ArchiveError as exc:
+        process.end()
+        raise ClientError(f"cp: {exc}") from None
+    finally:
+        progress.close()
+    process.wait()
+
+
+def _pour(source: IO[bytes] | _Counted, write: Callable[[bytes], Any]) -> None:
+    while data := source.read(STDIN_CHUNK):
+        write(data)
+
+
+def _tree_size(path: str) -> int:
+    """Bytes of the files in a tree, for the progress bar alone."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        return os.lstat(path).st_size
+    size = 0
+    for directory, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(directory, name)).st_size
+    return size
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, argparse.ArgumentParser], int]] = {
@@ -2333,6 +2823,8 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, argparse.ArgumentParser], int
     "listen": _run_listen,
     "health": _run_health,
     "ps": _run_ps,
+    "stats": _run_stats,
+    "cp": _run_cp,
 }
 
 

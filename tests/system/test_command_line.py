@@ -349,7 +349,7 @@ def test_sessions_are_listed(environ: dict[str, str]) -> None:
         assert process.stdout.readline() == b"up\n"
         code, stdout, _ = client(environ, "ps")
         assert code == 0
-        assert re.search(rb"^exec +\d+ running +sh -c 'echo up; exec sleep 300'$", stdout, re.MULTILINE), stdout
+        assert re.search(rb"^[-\w]+ +exec +\d+ running +sh -c 'echo up; exec sleep 300'$", stdout, re.MULTILINE), stdout
 
 
 @pytest.mark.root

@@ -592,8 +592,10 @@ def test_what_runs_is_listed(start_agent: Callable[..., Agent], dial: Dial) -> N
     second.until(lambda: second.lists)
     listed = {entry["id"]: entry for entry in second.lists[0]}
     assert runs.started is not None
+    assert abs(listed["runs"].pop("started_at") - time.time()) < DEADLINE
     assert listed["runs"] == {
-        "id": "runs", "pid": runs.started["pid"], "cmd": ["cat"], "tty": True, "connected": True,
+        "id": "runs", "kind": "exec", "pid": runs.started["pid"], "cmd": ["cat"], "tty": True, "user": "",
+        "connected": True,
     }  # fmt: skip
     assert listed["done"]["code"] == 4
     assert listed["cut"]["connected"] is False
