@@ -245,9 +245,13 @@ class End:
     """End a session as the end of its connection would: its whole process tree, or an attachment.
 
     An addition to version 1: a Go agent answers it with an error.
+
+    Attributes:
+        secret: version 2: the session's, to end it when no connection has it any more.
     """
 
     id: str
+    secret: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -634,7 +638,7 @@ _REQUESTS: dict[str, Callable[[_Fields], Request]] = {
     "attach": _decode_attach,
     "stdin": lambda fields: Stdin(fields.session_id(), fields.data()),
     "close_stdin": lambda fields: CloseStdin(fields.session_id()),
-    "end": lambda fields: End(fields.session_id()),
+    "end": lambda fields: End(fields.session_id(), fields.text("secret") if fields.version > 1 else ""),
     "signal": _decode_signal,
     "resize": _decode_resize,
 }
@@ -4142,6 +4146,7 @@ class FlowSession(Protocol):
     secret: str
     flow: Flow
     received: int  # bytes of stdin so far
+    ending: bool  # its client has told it to end
 
     def acknowledge_stdin(self) -> None:
         """Tell the client how much of its stdin has been consumed: it may have missed that."""
@@ -4168,6 +4173,7 @@ class FlowExecSession(ExecSession):
         self.received = (
             0  # written by the thread of the connection that has the session, read by one that takes it over
         )
+        self.ending = False
         self.flow = Flow(_window_of(request))
         super().__init__(runtime, host, request, self.flow)
         self._process.input.listen(self._stdin_written)
@@ -4196,6 +4202,7 @@ class FlowExecSession(ExecSession):
         if self.flow.code is not None:
             self.host.forget(self)
         else:
+            self.ending = True
             super().end()
 
     def leave(self) -> Child | None:
@@ -4223,6 +4230,7 @@ class FlowAttachSession(AttachSession):
         self.received = (
             0  # written by the thread of the connection that has the session, read by one that takes it over
         )
+        self.ending = False
         self.flow = Flow(_window_of(request))
         self.flow.connect(self.channel)
 
@@ -4884,6 +4892,7 @@ class ArchiveSession:
         self.channel = host.open_channel(request.id)
         self.secret = secrets.token_hex(16)
         self.received = 0  # written by the thread of the connection that has the session
+        self.ending = False
         self.flow = Flow(_window_of(request))
         self.started_at = time.time()
         self._request = request
@@ -5733,12 +5742,33 @@ class SessionRegistry:
         with self._lock:
             if session.channel is not channel or session.secret not in self._resumable:
                 return
-            if not self._parking_started:
-                threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
-                self._parking_started = True
-            session.host = self
-            session.flow.disconnect(channel)
-            self._parked[session] = time.monotonic() + window
+            ending = session.ending
+            if ending:  # its client is done with it
+                del self._resumable[session.secret]
+                self._count -= 1
+            else:
+                self._park(session, channel, window, end)
+        child = session.leave() if ending else None
+        if child is not None:
+            end(child)
+
+    def _park(self, session: FlowSession, channel: Channel, window: float, end: Callable[[Child], None]) -> None:
+        """Holds the lock."""
+        if not self._parking_started:
+            threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
+            self._parking_started = True
+        session.host = self
+        session.flow.disconnect(channel)
+        self._parked[session] = time.monotonic() + window
+        self._parking.notify()
+
+    def end_parked(self, session_id: str, secret: str) -> None:
+        """A client has ended its session, but only now that it has another connection can it say so."""
+        with self._lock:
+            session = self._resumable.get(secret)
+            if session is None or session.id != session_id or session not in self._parked:
+                return
+            self._parked[session] = 0.0
             self._parking.notify()
 
     def claim(self, request: Resume, host: SessionHost, channel: Channel) -> tuple[FlowSession, SessionHost]:
@@ -5790,7 +5820,8 @@ class SessionRegistry:
                     del self._resumable[session.secret]
                 self._count -= len(over)
             for session in over:
-                log.warning("nobody resumed the session in time: it is ended", extra={"session": session.id})
+                if not session.flow.finished:
+                    log.warning("nobody resumed the session in time: it is ended", extra={"session": session.id})
                 child = session.leave()
                 if child is not None:
                     end(child)
@@ -5925,6 +5956,8 @@ class Peer:
             if isinstance(request, Park):
                 if session is not None:
                     self._park(session)
+            elif session is None and isinstance(request, End) and request.secret:
+                self._registry.end_parked(request.id, request.secret)
             elif session is not None:
                 self._forward(request, session)
             elif not ended:  # what is late for an ended session is harmless
@@ -6250,20 +6283,24 @@ def accept_forever(listener: socket.socket, handler: Callable[[socket.socket, An
 def make_handler(
     serve_connection: Callable[[ServerConnection], None],
     listener: socket.socket,
-    subprotocol: Subprotocol | None = None,
+    speaks_version_2: Callable[[ServerConnection], bool] = lambda connection: True,
     **options: Any,
 ) -> tuple[socket.socket, Callable[[socket.socket, Any], None]]:
     """What accept_forever() needs: the socket to accept from, and websockets' handler of one connection.
 
     Args:
-        subprotocol: selected where the client offers it; none is asked for.
+        speaks_version_2: whether version 2 is selected for a client that offers it; no client has to.
         options: as for websockets.sync.server.serve().
     """
+
+    def select_subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+        return SUBPROTOCOL if SUBPROTOCOL in offered and speaks_version_2(connection) else None
+
     server = serve(
         serve_connection,
         sock=listener,
         create_connection=ServerWebSocket,
-        select_subprotocol=lambda connection, offered: subprotocol if subprotocol in offered else None,
+        select_subprotocol=select_subprotocol,
         compression=None,
         open_timeout=HANDSHAKE_TIMEOUT,
         close_timeout=CLOSE_TIMEOUT,
@@ -6338,7 +6375,6 @@ class Server:
         self._socket, self._handler = make_handler(
             self._serve_peer,
             open_listener(config.addr),
-            SUBPROTOCOL,
             process_request=self._process_request,
             server_header=f"sockerless-agent/{__version__}",
             max_size=config.max_message_size,
@@ -6529,6 +6565,7 @@ class ReverseDialer:
     def _serve(self, connection: DialerSocket) -> bool:
         """Serve the backend until the connection ends; returns whether that was a closing handshake."""
         log.info("reverse mode: connected to %s", self._runtime.config.callback)
+        connection.outbox.paced = connection.subprotocol is None  # version 2 has its own flow control
         try:
             connection.start_writer(self._runtime.pool)
         except RuntimeError as exc:

@@ -74,6 +74,7 @@ from agent import (
     CloseStdin,
     End,
     Error,
+    Event,
     Exec,
     Exit,
     GetHealth,
@@ -102,6 +103,7 @@ from agent import (
     Stdin,
     Stream,
     ThreadPool,
+    ToSession,
     Unpacker,
     __version__,
     accept_forever,
@@ -148,6 +150,7 @@ STDIN_CHUNK = 256 << 10  # bytes in one put() of stdin
 REMEMBERED_SESSIONS = 4096  # of a client behind a listener, until those that have ended are forgotten
 BRIDGE_LIMIT = 64 << 20  # bytes of output that may wait for a Docker client, or one behind a listener
 RESUME_PATIENCE = 60.0  # seconds for which a lost connection is made again
+REMEMBERED_ENDS = 1024  # ended sessions of which the agent may not have heard when a connection is lost
 END_GRACE = 5.0  # seconds from SIGHUP to SIGKILL where the agent cannot end a session by itself
 UNREAD_LIMIT = 1 << 30  # bytes of output that a session keeps for a reader that does not come
 
@@ -178,11 +181,13 @@ class SessionError(ClientError):
 
     Attributes:
         reason: one of agent.Reason, "" if the agent gave none (the Go agent).
+        session_id: which session, where that is not the caller's own.
     """
 
-    def __init__(self, message: str, reason: str = "") -> None:
+    def __init__(self, message: str, reason: str = "", session_id: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+        self.session_id = session_id
 
 
 class CommandNotFound(SessionError):
@@ -452,6 +457,8 @@ class AgentConn:
         called from the receiving thread, and must not block."""
         self._connection = connection  # replaced by the receiving thread, with _lock held
         self._online = True  # guarded by _lock, as all of these
+        self._over = False  # it will not be made again
+        self._ends: collections.deque[End] = collections.deque(maxlen=REMEMBERED_ENDS)  # sent on this link
         self._held: list[Request] = []  # to be sent once there is a connection again
         self._flows: dict[str, _ClientFlow] = {}
         self._senders: dict[str, _StdinSender] = {}
@@ -927,8 +934,10 @@ class AgentConn:
     def _receive(self) -> None:
         """Hand events to their sessions until the connection ends, and is not to be had again."""
         why = self._receive_until_lost()
+        self._link_lost()
         while self._make_again():
             why = self._receive_until_lost()
+            self._link_lost()
         self._before_loss()
         with self._lock:
             self._lost = ConnectionLost(why)
@@ -948,9 +957,10 @@ class AgentConn:
         """Version 2: connect again, and resume what runs; False if that is not to be."""
         if self.version == 1 or self._redial is None or not self._patience:
             return False
-        if self._closing.is_set() or not (self._live_flows() or self._calls):
-            return False
         with self._lock:
+            if self._closing.is_set() or not (self._flows or self._calls):
+                self._over = True
+                return False
             self._online = False
             senders = list(self._senders.values())
         for sender in senders:
@@ -984,6 +994,7 @@ class AgentConn:
         new: list[_StdinSender] = []
         with self._lock:
             self._connection = connection
+            self.lifetime_expired.clear()  # the agent says so again
             for flow in self._flows.values():
                 if flow.started is not None:
                     flow.resuming = True
@@ -993,6 +1004,10 @@ class AgentConn:
                 elif flow.id in self._senders:
                     new.append(self._senders[flow.id])
                 flow.sent = True
+            for end in self._ends:  # it may have been lost; else the agent knows none of them
+                if end.secret:
+                    connection.outbox.send(end)
+            self._ends.clear()
             held, self._held = self._held, []
             for message in held:
                 if not isinstance(message, Call):
@@ -1042,6 +1057,8 @@ class AgentConn:
         except MessageError as exc:
             log.warning("the agent sent nonsense: %s", exc)
             return
+        if event is None or self._pass_on(event):
+            return
         if isinstance(event, LifetimeExpired):
             self._expire()
         elif isinstance(event, Output | Exit | Error):
@@ -1049,7 +1066,7 @@ class AgentConn:
         elif isinstance(event, Answer):
             if not self._answered(event.id, event) and isinstance(event, Health) and self.on_health is not None:
                 self.on_health(event.state)
-        elif event is not None:
+        else:
             self._control(event)
 
     def _dispatch_data(self, message: bytes) -> None:
@@ -1058,6 +1075,8 @@ class AgentConn:
         if flow is not None:
             flow.received += len(data)
             flow.receiver.output(Output(session_id, stream, bytes(data)))
+        else:
+            self._pass_on_data(stream, session_id, bytes(data))
 
     def _control(self, event: Started | Ack | Resumed | Lost) -> None:
         with self._lock:
@@ -1087,8 +1106,18 @@ class AgentConn:
         for follower in followers:
             follower()
 
+    def _link_lost(self) -> None:
+        """The connection has ended; another one may be made."""
+
     def _before_loss(self) -> None:
-        """The connection has ended, and no session has been told yet."""
+        """The connection has ended for good, and no session has been told yet."""
+
+    def _pass_on(self, event: Event) -> bool:
+        """Hand an event to who is behind this side; False if it is for nobody there."""
+        return False
+
+    def _pass_on_data(self, stream: Stream, session_id: str, data: bytes) -> None:
+        """As :meth:`_pass_on`, for the data frames of version 2."""
 
     def _deliver(self, event: Output | Exit | Error) -> None:
         if isinstance(event, Error) and self._answered(event.id, _session_error(event)):
@@ -1104,7 +1133,10 @@ class AgentConn:
         if final and receiver is not None:
             self._forget(event.id)
             if self.version == 2:
-                self.send(End(event.id))  # the agent keeps it no longer
+                end = End(event.id, flow.started.secret if flow is not None and flow.started is not None else "")
+                with self._lock:
+                    self._ends.append(end)
+                self.send(end)  # the agent keeps it no longer
         if receiver is None:
             if isinstance(event, Error):
                 log.warning("the agent reports: %s", event.message)
@@ -1141,9 +1173,10 @@ def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
         if status == 401:
             fault = "refuses the token" if token else "wants a token, and none was given"
             raise Unauthorized(f"{addr}: the agent {fault}") from None
-        if status == 404:
-            raise ConnectFailed(f"{addr}: answered with HTTP status 404: no agent is there; one has /ws") from None
-        raise ConnectFailed(f"{addr}: answered with HTTP status {status}") from None
+        said = (exc.response.body or b"")[:200].decode("utf-8", "replace").strip()
+        if status == 404 and "agent" not in said:
+            said = "no agent is there; one has /ws"
+        raise ConnectFailed(f"{addr}: answered with HTTP status {status}{said and ': '}{said}") from None
     except TimeoutError:
         raise ConnectFailed(f"{addr}: no answer within {timeout:g} s") from None
     # ImportError: a SOCKS proxy, which needs a package that is not here.
@@ -1817,9 +1850,101 @@ class ReverseAgentConn(AgentConn):
         self._on_lifetime_expired = on_lifetime_expired
         self._on_closed = on_closed
         self._gone = threading.Event()
-        super().__init__(ws)
+        self._arrivals: queue.SimpleQueue[QueuedConnection] = queue.SimpleQueue()
+        self._routes_lock = threading.Lock()  # guards the next two; held for no call but a dictionary's
+        self._routes: dict[str, _PassThrough] = {}  # who has a session or call that is not this side's own
+        self._clients: set[_PassThrough] = set()
+        super().__init__(ws, self._next_arrival)
+
+    # Going on when the agent has dialled again.
+
+    def adopt(self, connection: QueuedConnection) -> bool:
+        """Go on, on the connection that this agent has dialled again; False if there is nothing to go on with.
+
+        In version 2, this object and what runs on it live on when the agent's
+        connection is lost, for RESUME_PATIENCE seconds at most.
+        """
+        with self._lock:
+            if connection.subprotocol != SUBPROTOCOL or self.version == 1:
+                return False
+            if self._over or self._lost is not None or not (self._flows or self._calls):
+                return False
+            self._arrivals.put(connection)
+            before = self._connection
+        before.close_socket()  # the agent has left it, whether that is known here or not
+        return True
+
+    def _next_arrival(self) -> QueuedConnection:
+        try:
+            return self._arrivals.get(timeout=1.0)
+        except queue.Empty:
+            raise ConnectFailed("the agent has not dialled again yet") from None
+
+    # Clients behind this side, see _PassThrough.
+
+    def add_client(self, client: _PassThrough) -> None:
+        with self._routes_lock:
+            self._clients.add(client)
+
+    def remove_client(self, client: _PassThrough) -> None:
+        with self._routes_lock:
+            self._clients.discard(client)
+
+    def claim_route(self, session_id: str, client: _PassThrough) -> _PassThrough | None:
+        """Give the events of a session to ``client``; returns who else has it, and then does nothing.
+
+        Raises:
+            SessionError: if the session is this side's own.
+        """
+        with self._lock:
+            if session_id in self._receivers or session_id in self._calls:
+                text = f"session id {session_id!r} is in use"
+                raise SessionError(text, Reason.DUPLICATE_SESSION, session_id)
+        with self._routes_lock:
+            owner = self._routes.setdefault(session_id, client)
+            return owner if owner is not client else None
+
+    def release_route(self, session_id: str, client: _PassThrough) -> None:
+        with self._routes_lock:
+            if self._routes.get(session_id) is client:
+                del self._routes[session_id]
+
+    def current_link(self) -> QueuedConnection | None:
+        """The agent's connection, None while there is none."""
+        with self._lock:
+            return self._connection if self._online and not self._over and self._lost is None else None
+
+    def _pass_on(self, event: Event) -> bool:
+        event_id = getattr(event, "id", "")
+        owner = self._routes.get(event_id) if event_id else None
+        if owner is not None:
+            owner.event(event)
+            return True
+        if isinstance(event, Health) and not event_id:
+            with self._routes_lock:
+                clients = list(self._clients)
+            for client in clients:
+                client.event(event)
+        return False
+
+    def _pass_on_data(self, stream: Stream, session_id: str, data: bytes) -> None:
+        client = self._routes.get(session_id)
+        if client is not None:
+            client.data(stream, session_id, data)
+
+    def _link_lost(self) -> None:
+        with self._routes_lock:
+            clients, self._clients = list(self._clients), set()
+            self._routes.clear()
+        for client in clients:
+            client.link_lost()
 
     def _before_loss(self) -> None:
+        while True:
+            try:
+                self._arrivals.get_nowait().close_socket()  # came too late: the agent dials once more
+            except queue.Empty:
+                break
         self._gone.set()
         if self._on_closed is not None:
             self._on_closed(self)
@@ -1845,8 +1970,9 @@ Callback = Callable[[ReverseAgentConn], None]
 class ReverseListener:
     """Accepts agents in reverse mode, each known by ``id`` or ``session_id`` of its query.
 
-    A second agent under an id replaces the first, whose sessions end with
-    ConnectionLost. On ``/agents/ID/ws`` it serves clients as the agent itself
+    An agent of version 2 that lost its connection and dials again goes on with
+    the sessions that it had. Else a second agent under an id replaces the first,
+    whose sessions end with ConnectionLost. On ``/agents/ID/ws`` it serves clients as the agent itself
     would: ``AgentConn.dial("ws://host:port/agents/ID/ws")``; ``GET /agents`` lists the ids.
 
     The callbacks are called from the listener's threads, and must not block.
@@ -1889,6 +2015,7 @@ class ReverseListener:
         self._socket, handler = make_handler(
             self._serve,
             listener,
+            self._speaks_version_2,
             ssl=tls,
             process_request=self._process_request,
             server_header=f"sockerless-agent-client/{__version__}",
@@ -1969,9 +2096,23 @@ class ReverseListener:
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
         if path == "/agents":
             return connection.respond(http.HTTPStatus.OK, json.dumps(sorted(conn.id for conn in self)) + "\n")
-        if client_of is not None and self.get(client_of) is None:
-            return connection.respond(http.HTTPStatus.NOT_FOUND, "no such agent is connected\n")
+        if client_of is not None:
+            agent = self.get(client_of)
+            if agent is None:
+                return connection.respond(http.HTTPStatus.NOT_FOUND, "no such agent is connected\n")
+            if agent.current_link() is None:
+                text = "the agent's connection is lost, and may be made again\n"
+                return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
         return None
+
+    def _speaks_version_2(self, connection: ServerConnection) -> bool:
+        """Whether a peer that offers version 2 gets it: any agent does, a client if its agent does."""
+        assert connection.request is not None
+        client_of = _client_path(connection.request.path.partition("?")[0])
+        if client_of is None:
+            return True
+        agent = self.get(client_of)
+        return agent is not None and agent.version == 2
 
     def _serve(self, connection: ServerConnection) -> None:
         assert isinstance(connection, ServerWebSocket)
@@ -1987,12 +2128,20 @@ class ReverseListener:
         with self._changed:
             self._clients.add(connection)
         try:
-            _Relay(connection, conn).run()
+            if connection.subprotocol == SUBPROTOCOL:
+                _PassThrough(connection, conn).run()
+            else:
+                _Relay(connection, conn).run()
         finally:
             with self._changed:
                 self._clients.discard(connection)
 
     def _serve_agent(self, connection: ServerWebSocket, agent_id: str) -> None:
+        known = self.get(agent_id)
+        if known is not None and known.adopt(connection):
+            log.info("agent %s is back", agent_id)
+            connection.recv_events_thread.join()  # the library closes the connection of a handler that returns
+            return
         conn = ReverseAgentConn(connection, agent_id, self._expired, self._forget)
         with self._changed:
             before = self._agents.get(agent_id)
@@ -2053,6 +2202,9 @@ class _RelayedSession:
         self._conn = conn
         self._outbox = client.outbox
         self._output = Channel(client.outbox, self.id)
+        self._consumed: Callable[[int], None] = lambda count: None
+        self._lock = threading.Lock()  # guards _owed
+        self._owed = 0  # bytes that have not been said to be consumed
 
     def output(self, event: Output) -> None:
         if self.finished:
@@ -2061,12 +2213,24 @@ class _RelayedSession:
             self.end()
             self.failed(SessionError(f"more than {BRIDGE_LIMIT} bytes of output were not read: the session was ended"))
         elif event.lost:
-            self._output.send(dataclasses.replace(event, id=self.id))
+            text = f"\r\nsockerless-agent: {event.lost} bytes of output are missing here\r\n"  # version 2 has none
+            self._output.send(dataclasses.replace(event, id=self.id, data=event.data or text.encode()))
         else:
             self._output.put(event.stream, event.data)
+            with self._lock:
+                self._owed += len(event.data)
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Say what has been consumed, once the client has read enough of it; from the writer's thread then."""
+        if self._output.call_when_room(self._acknowledge):
+            with self._lock:
+                owed, self._owed = self._owed, 0
+            if owed:
+                self._consumed(owed)
 
     def tell_consumed(self, consumed: Callable[[int], None]) -> None:
-        """Agents that dial in speak version 1 here."""
+        self._consumed = consumed
 
     def end(self) -> None:
         """The client has left, or asks for it."""
@@ -2086,16 +2250,15 @@ class _RelayedSession:
         self._output.send(Error(self.id, str(error), getattr(error, "reason", "") or Reason.START_FAILED))
 
 
-class _Relay:
-    """Serves one client as the agent itself would; runs in the client's connection thread."""
+class _ClientServer:
+    """Serves one client of the listener as the agent itself would; runs in the client's connection thread."""
 
     def __init__(self, client: ServerWebSocket, conn: ReverseAgentConn) -> None:
         self._client = client
         self._conn = conn
-        self._sessions: dict[str, _RelayedSession] = {}  # the connection thread's alone
 
     def run(self) -> None:
-        """Relay until the client leaves; then end what it started."""
+        """Relay until the client leaves."""
         self._client.start_writer(_pool)
         _heartbeat.add(self._client)
         # The client must not wait for an agent that has gone.
@@ -2114,9 +2277,14 @@ class _Relay:
             _heartbeat.remove(self._client)
             with self._conn._lock:
                 self._conn._followers.discard(expired)
-            for session in self._sessions.values():
-                if not session.finished:
-                    session.end()
+            self._leave()
+
+    def _relay(self, message: str | bytes) -> None:
+        raise NotImplementedError
+
+    def _leave(self) -> None:
+        """The client has gone."""
+        raise NotImplementedError
 
     def _tell_expired(self) -> None:
         self._client.outbox.send(LifetimeExpired())
@@ -2125,6 +2293,19 @@ class _Relay:
         while self._conn._thread.is_alive() and self._client.recv_events_thread.is_alive():
             self._conn._thread.join(1.0)
         self._client.close(CloseCode.GOING_AWAY, "the agent has left")
+
+
+class _Relay(_ClientServer):
+    """Serves a client of version 1: each of its sessions is one of this side's, under an id of its own."""
+
+    def __init__(self, client: ServerWebSocket, conn: ReverseAgentConn) -> None:
+        super().__init__(client, conn)
+        self._sessions: dict[str, _RelayedSession] = {}  # the connection thread's alone
+
+    def _leave(self) -> None:
+        for session in self._sessions.values():
+            if not session.finished:
+                session.end()
 
     def _relay(self, message: str | bytes) -> None:
         try:
@@ -2163,6 +2344,212 @@ class _Relay:
             self._conn.start_session(dataclasses.replace(request, id=session.remote_id), session)
         except ClientError as exc:
             session.failed(exc)
+
+
+class _Passed:
+    """A session that passes through: its ways to the agent and to the client."""
+
+    def __init__(self, request: Opening | Resume, link: QueuedConnection, client: QueuedConnection) -> None:
+        self.to_agent = Channel(link.outbox, request.id, binary=True)  # its stdin
+        self.to_client = Channel(client.outbox, request.id, binary=True)
+        self.secret = request.secret if isinstance(request, Resume) else ""  # "" before it is known
+        self.detaching = isinstance(request, Exec) and request.detach
+        self.exit_follows = isinstance(request, Exec | Resume)  # when it is told to end; for a Resume perhaps
+        self.ended = False  # it has had its exit or error
+        # What the agent said before it has seen the Resume was for another connection, and comes again.
+        self.awaits_resumed = isinstance(request, Resume)
+
+
+class _PassThrough(_ClientServer):
+    """Serves a client of version 2: its sessions are the agent's own, and pass through this side as they are.
+
+    So windows, offsets and secrets are between the two, and nothing is kept here. A
+    client that leaves has its sessions parked by the agent; an agent that leaves
+    has its clients dial again. Both resume by themselves.
+    """
+
+    def __init__(self, client: ServerWebSocket, conn: ReverseAgentConn) -> None:
+        super().__init__(client, conn)
+        self._link = conn.current_link()
+        # Guards the attributes below: this client's thread uses them, the agent's receiving thread, and the
+        # threads of other clients. Held while something is handed to a channel, which never waits: who gives a
+        # session up is to be sure that nothing of it comes later.
+        self._lock = threading.Lock()
+        self._sessions: dict[str, _Passed] = {}
+        self._ended_ids: dict[str, None] = {}  # the latest, oldest first: what is late for them is harmless
+        self._calls: dict[str, str] = {}  # this side's id of a call: the client's
+        self._cut = False  # the agent's connection is lost
+
+    def run(self) -> None:
+        """Relay until the client leaves, or the agent's connection is lost."""
+        if self._link is None:
+            return
+        self._conn.add_client(self)
+        if self._conn.current_link() is not self._link:  # in this order: either link_lost() comes, or this sees it
+            self._conn.remove_client(self)
+            return
+        super().run()
+
+    # Called by the agent's receiving thread.
+
+    def event(self, event: Event) -> None:
+        """Something that the agent says of a session or call of this client, or to everybody."""
+        event_id = getattr(event, "id", "")
+        with self._lock:
+            session = self._sessions.get(event_id)
+            original = self._calls.pop(event_id, None)
+            if session is not None and self._note(event, session):
+                session.to_client.send(event)
+        if original is not None:
+            self._conn.release_route(event_id, self)
+            self._client.outbox.send(dataclasses.replace(cast(Answer | Error, event), id=original))
+        elif not event_id:
+            self._client.outbox.send(event)
+
+    def _note(self, event: Event, session: _Passed) -> bool:
+        """Keep track of a session; False if the event is not for its client. Holds the lock."""
+        if session.awaits_resumed:
+            if not isinstance(event, Resumed | Error):
+                return False
+            session.awaits_resumed = False
+        if isinstance(event, Started):
+            session.secret = event.secret
+            session.ended = session.detaching
+        elif isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL):
+            session.ended = True
+        return True
+
+    def data(self, stream: Stream, session_id: str, data: bytes) -> None:
+        """Output; never more than the client's window."""
+        with self._lock:
+            session = self._sessions.get(session_id)
+            if session is not None and not session.awaits_resumed:
+                session.to_client.put(stream, data)
+
+    def link_lost(self) -> None:
+        """The agent has parked the sessions: the client has to dial again, and resume them."""
+        with self._lock:
+            self._cut = True
+            self._sessions.clear()
+        _pool.submit(self._client.close, CloseCode.GOING_AWAY, "the agent's connection is lost")
+
+    # Called by another client's thread.
+
+    def yields(self, request: Resume) -> bool:
+        """Give a session up to who shows its secret."""
+        with self._lock:
+            session = self._sessions.get(request.id)
+            known = session is not None and bool(session.secret)
+            if session is None or (known and not hmac.compare_digest(session.secret, request.secret)):
+                return session is None
+            self._give_up(request.id, session)
+            return True
+
+    def _give_up(self, session_id: str, session: _Passed) -> None:
+        """Let the agent park a session; nothing of it is said any more, either way. Holds the lock."""
+        self._remove(session_id)
+        session.to_agent.discard()
+        session.to_client.discard()
+        self._conn.release_route(session_id, self)
+        if self._link is not None:
+            self._link.outbox.send(Park(session_id))
+
+    # Called by this client's thread.
+
+    def _leave(self) -> None:
+        self._conn.remove_client(self)
+        with self._lock:
+            for call_id in self._calls:
+                self._conn.release_route(call_id, self)
+            for session_id, session in list(self._sessions.items()):
+                self._give_up(session_id, session)
+
+    def _relay(self, message: str | bytes) -> None:
+        try:
+            if isinstance(message, str):
+                self._relay_request(decode_request(message, 2))
+            else:
+                self._relay_stdin(*decode_data_frame(message))
+        except MessageError as exc:
+            self._client.outbox.send(Error(exc.id, str(exc), Reason.BAD_MESSAGE))
+        except SessionError as exc:
+            if not self._cut:  # the client is about to hear of that, and to resume
+                self._client.outbox.send(Error(exc.session_id, str(exc), exc.reason))
+
+    def _relay_stdin(self, stream: Stream, session_id: str, data: memoryview) -> None:
+        with self._lock:
+            session = self._find(session_id)
+        if session is None:
+            return
+        if session.to_agent.wait_for_room():
+            with self._lock:
+                if self._sessions.get(session_id) is session:
+                    session.to_agent.put(stream, bytes(data))
+
+    def _relay_request(self, request: Request) -> None:
+        assert self._link is not None
+        if isinstance(request, Call):
+            call_id = self._conn.new_id()
+            with self._lock:
+                self._calls[call_id] = request.id
+            self._conn.claim_route(call_id, self)
+            self._link.outbox.send(dataclasses.replace(request, id=call_id))
+        elif isinstance(request, Opening | Resume):
+            self._open(request)
+        else:
+            with self._lock:
+                self._forward(request)
+
+    def _forward(self, request: ToSession | Park) -> None:
+        """Pass on what is said to a session. Holds the lock."""
+        assert self._link is not None
+        if isinstance(request, End) and request.secret and request.id not in self._sessions:
+            self._link.outbox.send(request)  # it is parked, if it is there
+            return
+        session = self._find(request.id)
+        if session is None:
+            return
+        if isinstance(request, Stdin | CloseStdin):
+            session.to_agent.send(request)
+            return
+        self._link.outbox.send(request)
+        if isinstance(request, End) and (session.ended or not session.exit_follows):
+            self._remove(request.id)
+            self._conn.release_route(request.id, self)
+
+    def _remove(self, session_id: str) -> None:
+        """The session is this client's no more. Holds the lock."""
+        del self._sessions[session_id]
+        self._ended_ids[session_id] = None
+        if len(self._ended_ids) > REMEMBERED_SESSIONS:
+            del self._ended_ids[next(iter(self._ended_ids))]
+
+    def _open(self, request: Opening | Resume) -> None:
+        assert self._link is not None
+        with self._lock:
+            before = self._sessions.get(request.id)
+        if before is not None and not before.ended:
+            raise SessionError(f"session id {request.id!r} is in use", Reason.DUPLICATE_SESSION, request.id)
+        while (owner := self._conn.claim_route(request.id, self)) is not None:
+            if not isinstance(request, Resume):
+                text = f"session id {request.id!r} is in use by another client of this listener"
+                raise SessionError(text, Reason.DUPLICATE_SESSION, request.id)
+            if not owner.yields(request):
+                text = "no session to resume: its id or secret is wrong, or its time is over"
+                raise SessionError(text, Reason.UNKNOWN_SESSION, request.id)
+        with self._lock:
+            if self._cut:
+                self._conn.release_route(request.id, self)
+                return
+            self._sessions[request.id] = _Passed(request, self._link, self._client)
+            self._link.outbox.send(request)
+
+    def _find(self, session_id: str) -> _Passed | None:
+        """A session of this client; None if it had one of this id. Raises SessionError. Holds the lock."""
+        session = self._sessions.get(session_id)
+        if session is None and session_id not in self._ended_ids:
+            raise SessionError(f"no session has the id {session_id[:80]!r}", Reason.UNKNOWN_SESSION, session_id)
+        return session
 
 
 # ══════════════════════════════════════════════════════════════════════════════
