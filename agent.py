@@ -186,6 +186,7 @@ class Exec:
         no_stdin: stdin is empty.
         window: version 2: bytes that the client holds unacknowledged.
         detach: version 2: the session ends with its start; the command lives on, see :class:`Attach`.
+        secret, connection: version 2: see :class:`Resume`; the client may choose the secret.
     """
 
     id: str
@@ -199,6 +200,8 @@ class Exec:
     no_stdin: bool = False
     window: int = 0
     detach: bool = False
+    secret: str = ""
+    connection: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -215,6 +218,8 @@ class Attach:
     window: int = 0
     session: str = ""
     no_replay: bool = False
+    secret: str = ""
+    connection: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -234,10 +239,16 @@ class CloseStdin:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Signal:
-    """A signal by name or number, see :func:`parse_signal`."""
+    """A signal by name or number, see :func:`parse_signal`.
+
+    Attributes:
+        number: version 2: counts the session's signals, sizes and ends from 1, so that one that is sent again
+            after an outage is known again; 0 for one that never is.
+    """
 
     id: str
     signal: str
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -247,20 +258,23 @@ class End:
     An addition to version 1: a Go agent answers it with an error.
 
     Attributes:
-        secret: version 2: the session's, to end it when no connection has it any more.
+        number: see :class:`Signal`.
+        secret: version 2: reaches a session that this connection does not have, too.
     """
 
     id: str
+    number: int = 0
     secret: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resize:
-    """The terminal's new size, in columns and rows."""
+    """The terminal's new size, in columns and rows; ``number`` as in :class:`Signal`."""
 
     id: str
     width: int
     height: int
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -318,29 +332,49 @@ class Started:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ack:
-    """Version 2: so many bytes of a session's output, or of its stdin, have been consumed."""
+    """Version 2: so many bytes of a session's output, or of its stdin, have been consumed.
+
+    Attributes:
+        heard: to the client: the highest ``number`` that has come.
+    """
 
     id: str
     offset: int
+    heard: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resume:
-    """Version 2: take a session over on this connection; the client has its output up to ``offset``."""
+    """Version 2: take a session over on this connection; the client has its output up to ``offset``.
+
+    Attributes:
+        acked: up to where the client has consumed that: the window is counted from here.
+        connection: counts the client's connections. What comes late on an earlier one takes nothing over;
+            0 for a client that does not count.
+    """
 
     id: str
     secret: str
     offset: int
     window: int = 0
+    acked: int = 0
+    connection: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Resumed:
-    """Version 2: output goes on from ``offset``; the agent has stdin up to ``stdin``."""
+    """Version 2: output goes on from ``offset``; the agent has stdin up to ``stdin``.
+
+    Attributes:
+        closed: how many CloseStdin have come.
+        heard: the highest ``number`` that has come.
+    """
 
     id: str
     offset: int
     stdin: int
+    closed: int = 0
+    heard: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -366,6 +400,8 @@ class ArchiveGet:
     id: str
     path: str
     window: int = 0
+    secret: str = ""
+    connection: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -382,6 +418,8 @@ class ArchivePut:
     window: int = 0
     no_overwrite_dir_non_dir: bool = False
     copy_uid_gid: bool = False
+    secret: str = ""
+    connection: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -538,6 +576,16 @@ class _Fields:
             raise self.error(f"field 'id' has {length} characters, and {ID_LIMIT} is the limit")
         return self.id
 
+    def number(self) -> int:
+        return self.count("number") if self.version > 1 else 0
+
+    def secret(self) -> str:
+        """A secret that the client has chosen, "" for none."""
+        value = self.text("secret") if self.version > 1 else ""
+        if value and not _SECRET_MINIMUM <= len(value) <= ID_LIMIT:
+            raise self.error(f"field 'secret' must have from {_SECRET_MINIMUM} to {ID_LIMIT} characters")
+        return value
+
     def path(self) -> str:
         value = self.system_text("path", self.text("path"))
         if not value:
@@ -604,6 +652,8 @@ def _decode_exec(fields: _Fields) -> Exec:
         not fields.boolean("stdin", True),
         fields.count("window"),
         fields.boolean("detach"),
+        secret=fields.secret(),
+        connection=fields.count("connection"),
     )
 
 
@@ -611,7 +661,14 @@ def _decode_attach(fields: _Fields) -> Attach:
     session_id = fields.session_id()
     if fields.version == 1:
         return Attach(session_id)
-    return Attach(session_id, fields.count("window"), fields.text("session"), not fields.boolean("replay", True))
+    return Attach(
+        session_id,
+        fields.count("window"),
+        fields.text("session"),
+        not fields.boolean("replay", True),
+        secret=fields.secret(),
+        connection=fields.count("connection"),
+    )
 
 
 def _decode_signal(fields: _Fields) -> Signal:
@@ -621,7 +678,7 @@ def _decode_signal(fields: _Fields) -> Signal:
         name = str(name)
     if not isinstance(name, str) or not name:
         raise fields.error("field 'signal' is missing or not a string")
-    return Signal(session_id, name)
+    return Signal(session_id, name, fields.number())
 
 
 def _decode_resize(fields: _Fields) -> Resize:
@@ -630,7 +687,13 @@ def _decode_resize(fields: _Fields) -> Resize:
     for name, value in (("width", width), ("height", height)):
         if not 0 < value <= 0xFFFF:  # struct winsize holds unsigned shorts
             raise fields.error(f"field {name!r} must be from 1 to 65535, not {value}")
-    return Resize(session_id, width, height)
+    return Resize(session_id, width, height, fields.number())
+
+
+def _decode_resume(fields: _Fields) -> Resume:
+    session_id, offset = fields.session_id(), fields.count("offset")
+    acked = offset if fields.fields.get("acked") is None else fields.count("acked")
+    return Resume(session_id, fields.text("secret"), offset, fields.count("window"), acked, fields.count("connection"))
 
 
 _REQUESTS: dict[str, Callable[[_Fields], Request]] = {
@@ -638,7 +701,7 @@ _REQUESTS: dict[str, Callable[[_Fields], Request]] = {
     "attach": _decode_attach,
     "stdin": lambda fields: Stdin(fields.session_id(), fields.data()),
     "close_stdin": lambda fields: CloseStdin(fields.session_id()),
-    "end": lambda fields: End(fields.session_id(), fields.text("secret") if fields.version > 1 else ""),
+    "end": lambda fields: End(fields.session_id(), fields.number(), fields.secret()),
     "signal": _decode_signal,
     "resize": _decode_resize,
 }
@@ -646,20 +709,26 @@ _REQUESTS: dict[str, Callable[[_Fields], Request]] = {
 _REQUESTS_2: dict[str, Callable[[_Fields], Request]] = {
     **_REQUESTS,
     "ack": lambda fields: Ack(fields.session_id(), fields.count("offset")),
-    "resume": lambda fields: Resume(
-        fields.session_id(), fields.text("secret"), fields.count("offset"), fields.count("window")
-    ),
+    "resume": _decode_resume,
     "park": lambda fields: Park(fields.session_id()),
     "sessions": lambda fields: ListSessions(fields.id),
     "stats": lambda fields: GetStats(fields.id, fields.boolean("processes")),
     "health": lambda fields: GetHealth(fields.id),
-    "archive_get": lambda fields: ArchiveGet(fields.session_id(), fields.path(), fields.count("window")),
+    "archive_get": lambda fields: ArchiveGet(
+        fields.session_id(),
+        fields.path(),
+        fields.count("window"),
+        secret=fields.secret(),
+        connection=fields.count("connection"),
+    ),
     "archive_put": lambda fields: ArchivePut(
         fields.session_id(),
         fields.path(),
         fields.count("window"),
         fields.boolean("no_overwrite_dir_non_dir"),
         fields.boolean("copy_uid_gid"),
+        secret=fields.secret(),
+        connection=fields.count("connection"),
     ),
     "archive_stat": lambda fields: ArchiveStat(fields.session_id(), fields.path()),
 }
@@ -677,8 +746,14 @@ _EVENTS_2: dict[str, Callable[[_Fields], Event]] = {
     "started": lambda fields: Started(
         fields.session_id(), fields.integer("pid"), fields.text("secret"), fields.count("replay")
     ),
-    "ack": lambda fields: Ack(fields.session_id(), fields.count("offset")),
-    "resumed": lambda fields: Resumed(fields.session_id(), fields.count("offset"), fields.count("stdin")),
+    "ack": lambda fields: Ack(fields.session_id(), fields.count("offset"), fields.count("heard")),
+    "resumed": lambda fields: Resumed(
+        fields.session_id(),
+        fields.count("offset"),
+        fields.count("stdin"),
+        fields.count("closed"),
+        fields.count("heard"),
+    ),
     "lost": lambda fields: Lost(fields.session_id(), fields.count("offset"), fields.count("bytes")),
     "sessions": lambda fields: Sessions(tuple(fields.objects("sessions")), fields.id),
     "stats": lambda fields: Stats(fields.object("stats"), fields.id),
@@ -739,7 +814,10 @@ _TYPE_NAMES: dict[type, str] = {
     Health: "health",
 }
 # Fields that a peer must see even when they hold their zero value.
-_ALWAYS = frozenset({"id", "code", "cmd", "message", "signal", "offset", "stdin", "sessions", "stats", "status"})
+_ALWAYS = frozenset(
+    {"id", "code", "cmd", "message", "signal", "offset", "acked", "stdin", "sessions", "stats", "status"}
+)
+_SECRET_MINIMUM = 16  # characters of a secret that a client chooses
 # Those that are true unless said otherwise: the attribute, and the field that is its opposite.
 _UNLESS = {"no_stdin": "stdin", "no_replay": "replay"}
 
@@ -758,7 +836,7 @@ def encode(message: Request | Event) -> bytes:
         if field.name in _UNLESS:
             if value:
                 fields[_UNLESS[field.name]] = False
-        elif value or field.name in _ALWAYS or isinstance(message, Resize):
+        elif value or field.name in _ALWAYS or (field.name in ("width", "height") and isinstance(message, Resize)):
             fields[field.name] = value
     if not fields.get("id", "-"):
         del fields["id"]  # connection-level: absent, not empty
@@ -776,6 +854,9 @@ def encode_data(prefix: bytes, data: BytesLike) -> list[bytes]:
 
 
 SUBPROTOCOL = Subprotocol("sockerless-agent.v2")
+INSTANCE_HEADER = (
+    "Sockerless-Agent-Instance"  # of the agent's half of the handshake: another one has no session of ours
+)
 
 
 def data_frame_prefix(stream: Stream, session_id: str) -> bytes:
@@ -3038,7 +3119,7 @@ class Flow:
     the order in which they go out. Past the window nothing is sent and the sink
     has no room, so that the command waits in its own write and no other session
     does. A connection may end and another take its place: what is kept is sent
-    again.
+    again. Nothing is sent before the word that the session has started.
     """
 
     def __init__(self, window: int) -> None:
@@ -3051,13 +3132,20 @@ class Flow:
         self._kept: collections.deque[tuple[Stream | None, bytes]] = collections.deque()  # sent
         self._unsent: collections.deque[tuple[Stream | None, bytes]] = collections.deque()
         self._acked = 0  # offset of the first byte in _kept
+        self._consumed = 0  # offset from which the window is counted: what the client has is not read there yet
         self._sent = 0  # offset of the first byte in _unsent
         self._end = 0  # offset of the next byte
         self._window = window
+        self._first: Started | None = None
         self._last: Exit | Error | None = None
         self._last_sent = False
         self._closed = False  # nobody will ever read on
         self._on_room: Callable[[], None] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the session has started."""
+        return self._first is not None
 
     @property
     def code(self) -> int | None:
@@ -3075,7 +3163,7 @@ class Flow:
             return not self._closed
 
     def _has_room(self) -> bool:
-        return self._closed or self._end - self._acked < self._window
+        return self._closed or self._end - self._consumed < self._window
 
     def call_when_room(self, callback: Callable[[], None]) -> bool:
         with self._lock:
@@ -3097,7 +3185,15 @@ class Flow:
             self._unsent.append((None, encode(Lost(session_id, self._end, lost))))
             self._pass_on()
 
-    def send(self, message: Started | Ack) -> None:
+    def begin(self, message: Started) -> None:
+        """Send that the session has started, and then its output."""
+        with self._lock:
+            self._first = message
+            if self._channel is not None:
+                self._channel.send(message)
+            self._pass_on()
+
+    def send(self, message: Ack) -> None:
         """Send a message at once; it is not kept."""
         with self._lock:
             if self._channel is not None:
@@ -3112,14 +3208,14 @@ class Flow:
     def _pass_on(self) -> None:
         """Hand to the channel what the window allows. Holds the lock."""
         channel = self._channel
-        if channel is None:
+        if channel is None or self._first is None:
             return
         while self._unsent:
             stream, data = self._unsent[0]
             if stream is None:
                 channel.send_encoded(data)
             else:
-                allowed = self._acked + self._window - self._sent
+                allowed = self._consumed + self._window - self._sent
                 if allowed <= 0:
                     return
                 if len(data) > allowed:
@@ -3141,6 +3237,7 @@ class Flow:
         with self._lock:
             if offset > self._sent:
                 raise ValueError(f"offset {offset} is beyond the {self._sent} bytes that were sent")
+            self._consumed = max(self._consumed, offset)
             self._forget(offset)
             self._pass_on()
             callback = self._take_callback()
@@ -3167,24 +3264,36 @@ class Flow:
         callback, self._on_room = self._on_room, None
         return callback
 
-    def connect(self, channel: Channel, message: Resumed | None = None, window: int = 0) -> None:
-        """Send through ``channel`` from now on, and first, behind ``message``, what the client does not have.
+    def connect(self, channel: Channel) -> None:
+        """Send through the first channel."""
+        with self._lock:
+            self._channel = channel
 
-        Raises:
-            ValueError: if its offset is of bytes that are kept no longer, or were never sent.
+    def check(self, offset: int, acked: int) -> None:
+        """Raises ValueError if the flow cannot go on at ``offset`` for a client that has consumed all below ``acked``.
+
+        That is so if bytes from there on are kept no longer, or were never sent.
         """
         with self._lock:
-            if message is not None:
-                if not self._acked <= message.offset <= self._sent:
-                    raise ValueError(f"offset {message.offset} is not from {self._acked} to {self._sent}")
-                self._forget(message.offset)
-                self._unsent.extendleft(reversed(self._kept))
-                self._kept.clear()
-                self._sent = self._acked
-                self._last_sent = False
-                self._window = window
-                channel.send(message)
+            if not self._acked <= offset <= self._sent:
+                raise ValueError(f"offset {offset} is not from {self._acked} to {self._sent}")
+            if acked > offset:
+                raise ValueError(f"{acked} bytes are acknowledged, and {offset} received")
+
+    def resume(self, channel: Channel, message: Resumed, acked: int, window: int) -> None:
+        """Send through another channel, and first, behind ``message``, what the client does not have; see check()."""
+        with self._lock:
+            self._forget(message.offset)
+            self._consumed = max(self._consumed, acked)
+            self._unsent.extendleft(reversed(self._kept))
+            self._kept.clear()
+            self._sent = self._acked
+            self._last_sent = False
+            self._window = window
             self._channel = channel
+            channel.send(message)
+            if self._first is not None:  # the client may not know yet
+                channel.send(self._first)
             self._pass_on()
             callback = self._take_callback()
         if callback is not None:
@@ -3741,7 +3850,10 @@ class SessionHost(Protocol):
         """The session has ended: its id is free again."""
 
     def drop(self, session: Session) -> bool:
-        """The session goes on, but not on this connection; False if it was not there."""
+        """The session goes on, but not here; False if it was not here."""
+
+    def settle(self, session: Session) -> None:
+        """A session that its client has told to end, has ended: forget it, if nobody is there to hear of that."""
 
     def send(self, message: Event) -> None: ...
 
@@ -4002,6 +4114,9 @@ class DetachedCommand(LoggedProcess):
         self.id = request.id
         self.request = request
         self._on_end = on_end
+        self._lock = threading.Lock()  # guards the attributes below
+        self._outcome: Started | Error | None = None
+        self._waiting: list[Callable[[Started | Error], None]] = []
 
     def start(self) -> None:
         """Start it; its output flows once pump() is called.
@@ -4009,8 +4124,29 @@ class DetachedCommand(LoggedProcess):
         Raises:
             SpawnError: if it cannot be started.
         """
-        start_as_requested(self._process, self.request)
+        try:
+            start_as_requested(self._process, self.request)
+        except SpawnError as exc:
+            self._tell(Error(self.id, str(exc), exc.reason))
+            raise
         self.started_at = time.time()
+        self._tell(Started(self.id, self.pid, ""))
+
+    def _tell(self, outcome: Started | Error) -> None:
+        with self._lock:
+            self._outcome = outcome
+            waiting, self._waiting = self._waiting, []
+        for callback in waiting:
+            callback(outcome)
+
+    def call_when_started(self, callback: Callable[[Started | Error], None]) -> None:
+        """Call ``callback``, once, with what the start has led to."""
+        with self._lock:
+            outcome = self._outcome
+            if outcome is None:
+                self._waiting.append(callback)
+        if outcome is not None:
+            callback(outcome)
 
     def pump(self) -> None:
         """See :meth:`Process.pump`."""
@@ -4064,6 +4200,12 @@ class DetachedCommands:
         with self._lock:
             command = self._commands.get(session_id)
         return command if command is not None and command.pid else None
+
+    def find_same(self, request: Exec) -> DetachedCommand | None:
+        """The command that this very request has started, or is starting."""
+        with self._lock:
+            command = self._commands.get(request.id)
+        return command if command is not None and command.request.secret == request.secret else None
 
     def all(self) -> list[DetachedCommand]:
         with self._lock:
@@ -4141,15 +4283,15 @@ class FlowSession(Protocol):
     """A session of a version 2 client: with flow control, and a life beyond its connection."""
 
     id: str
-    host: SessionHost  # this and the channel are guarded by the registry's lock, once it is registered
+    # Guarded by the registry's lock, once the session is registered. Who has this
+    # session's lock, too, may rely on its connection being the session's for so long.
+    host: SessionHost
     channel: Channel
-    secret: str
-    flow: Flow
-    received: int  # bytes of stdin so far
-    ending: bool  # its client has told it to end
+    tie: Tie
 
-    def acknowledge_stdin(self) -> None:
-        """Tell the client how much of its stdin has been consumed: it may have missed that."""
+    def run(self) -> None: ...
+
+    def end(self) -> None: ...
 
     def leave(self) -> Child | None: ...
 
@@ -4160,57 +4302,91 @@ class FlowSession(Protocol):
     def child(self) -> Child | None:
         """Whose processes are the session's, if there are any."""
 
+    def consumed(self) -> int:
+        """Bytes of stdin that the client need not keep."""
+
 
 def _window_of(request: Opening | Resume) -> int:
     return min(request.window or DEFAULT_WINDOW_SIZE, LARGEST_WINDOW)
+
+
+class Tie:
+    """What ties a version 2 session to its client, over all its connections: the agent's half of a resumption."""
+
+    def __init__(self, request: Opening) -> None:
+        self.secret = request.secret or secrets.token_hex(16)
+        self.flow = Flow(_window_of(request))
+        # Guards the attributes below. Held while what the client sent is passed to
+        # the session, and while another connection takes it over: what comes late
+        # on the one before is then known to be late. May be held when the
+        # registry's lock is taken, never the reverse.
+        self.lock = threading.Lock()
+        self.connection = request.connection  # the client's count
+        self.received = 0  # bytes of stdin so far
+        self.closed = 0  # ends of stdin
+        self.heard = 0  # the highest number of a signal, size or end
+        self.ending = False  # its client has told it to end: it is not kept without a connection
+
+    def is_news(self, number: int) -> bool:
+        """Whether a signal, size or end has not come before; it has now. Holds the lock."""
+        if not number:
+            return True
+        news = number > self.heard
+        self.heard = max(self.heard, number)
+        return news
 
 
 class FlowExecSession(ExecSession):
     """A command of a version 2 client."""
 
     def __init__(self, runtime: Runtime, host: SessionHost, request: Exec) -> None:
-        self.secret = secrets.token_hex(16)
-        self.received = (
-            0  # written by the thread of the connection that has the session, read by one that takes it over
-        )
-        self.ending = False
-        self.flow = Flow(_window_of(request))
-        super().__init__(runtime, host, request, self.flow)
+        self.tie = Tie(request)
+        super().__init__(runtime, host, request, self.tie.flow)
+        self.tie.flow.connect(self.channel)
         self._process.input.listen(self._stdin_written)
 
     def _started(self) -> None:
-        self.channel.send(Started(self.id, self._process.pid, self.secret))
-        self.flow.connect(self.channel)  # only now: output comes behind it
+        self.tie.flow.begin(Started(self.id, self._process.pid, self.tie.secret))
+
+    def _not_started(self, error: SpawnError) -> None:
+        self.host.forget(self)  # first: from now on nobody takes it over, and its channel stays what it is
+        self.channel.send(Error(self.id, str(error), error.reason))
 
     def _finished(self, code: int) -> None:
         log.info("exec ended: exit code %d", code, extra={"session": self.id})
-        self.flow.finish(Exit(self.id, code))  # and kept, until its client says that it has it
+        self.tie.flow.finish(Exit(self.id, code))  # and kept, until its client says that it has it
+        if self.tie.ending:
+            self.host.settle(self)
 
     def _stdin_written(self, count: int) -> None:
-        self.host.send(Ack(self.id, count))
+        self.host.send(Ack(self.id, count, self.tie.heard))
 
-    def acknowledge_stdin(self) -> None:
-        self.flow.send(Ack(self.id, self._process.input.written()))
+    def consumed(self) -> int:
+        return self._process.input.written()
 
     def write(self, data: bytes) -> None:
-        self.received += len(data)
+        self.tie.received += len(data)
         super().write(data)
         if self._request.no_stdin:
-            self.host.send(Ack(self.id, self.received))  # of no use to anybody, but consumed
+            self.host.send(Ack(self.id, self.tie.received))  # of no use to anybody, but consumed
+
+    def end_input(self) -> None:
+        self.tie.closed += 1
+        super().end_input()
 
     def end(self) -> None:
-        if self.flow.code is not None:
+        if self.tie.flow.code is not None:
             self.host.forget(self)
         else:
-            self.ending = True
+            self.tie.ending = True
             super().end()
 
     def leave(self) -> Child | None:
-        self.flow.close()
+        self.tie.flow.close()
         return super().leave()
 
     def describe(self) -> dict[str, Any]:
-        request, code = self._request, self.flow.code
+        request, code = self._request, self.tie.flow.code
         state: dict[str, Any] = {"id": self.id, "kind": "exec", "pid": self._process.pid, "cmd": list(request.cmd)}
         state |= {"tty": request.tty, "user": request.user, "started_at": self.started_at}
         return state | ({"code": code} if code is not None else {})
@@ -4226,43 +4402,43 @@ class FlowAttachSession(AttachSession):
 
     def __init__(self, host: SessionHost, request: Attach, process: LoggedProcess) -> None:
         super().__init__(host, request, process)
-        self.secret = secrets.token_hex(16)
-        self.received = (
-            0  # written by the thread of the connection that has the session, read by one that takes it over
-        )
-        self.ending = False
-        self.flow = Flow(_window_of(request))
-        self.flow.connect(self.channel)
+        self.tie = Tie(request)
+        self.tie.flow.connect(self.channel)
 
     def run(self) -> None:
         log.info("attach started", extra={"session": self.id})
-        self.flow.send(Started(self.id, self._target.pid, self.secret, self._cursor.replay))
-        while self.flow.wait_for_room() and (part := self._cursor.read(FIRST_READ)) is not None:
+        flow = self.tie.flow
+        flow.begin(Started(self.id, self._target.pid, self.tie.secret, self._cursor.replay))
+        while flow.wait_for_room() and (part := self._cursor.read(FIRST_READ)) is not None:
             if part.lost:
                 log.warning("attach lost %d bytes: the client reads too slowly", part.lost, extra={"session": self.id})
-                self.flow.announce_loss(self.id, part.lost)
+                flow.announce_loss(self.id, part.lost)
             for stream, data in part.chunks:
-                self.flow.put(stream, data)
+                flow.put(stream, data)
         self._cursor.close()
         code = self._target.code
         if code is not None and not self._left:
-            self.flow.finish(Exit(self.id, code))
+            flow.finish(Exit(self.id, code))
         log.info("attach ended", extra={"session": self.id})
 
     def write(self, data: bytes) -> None:
-        self.received += len(data)
+        self.tie.received += len(data)
         super().write(data)
-        self.host.send(Ack(self.id, self.received))
+        self.host.send(Ack(self.id, self.tie.received, self.tie.heard))
 
-    def acknowledge_stdin(self) -> None:
-        self.flow.send(Ack(self.id, self.received))
+    def consumed(self) -> int:
+        return self.tie.received
+
+    def end_input(self) -> None:
+        self.tie.closed += 1
+        super().end_input()
 
     def end(self) -> None:
         self.leave()
         self.host.forget(self)
 
     def leave(self) -> Child | None:
-        self.flow.close()
+        self.tie.flow.close()
         return super().leave()
 
     def describe(self) -> dict[str, Any]:
@@ -4279,14 +4455,14 @@ class FlowAttachSession(AttachSession):
 class DetachingSession:
     """The start of a command that then lives on by itself: the session ends with ``started``."""
 
-    secret = ""  # it is not to be resumed
-
     def __init__(self, runtime: Runtime, host: SessionHost, request: Exec, commands: DetachedCommands,
                  on_end: Callable[[], None]) -> None:  # fmt: skip
         """Raises LookupError if the id belongs to a detached command that runs."""
         self.id = request.id
         self.host = host
         self.channel = host.open_channel(request.id)
+        self.tie = Tie(request)  # unused but for its lock: what is repeated is the start, see find_same()
+        self._on_end = on_end
         self._runtime = runtime
         self._commands = commands
         self._command = DetachedCommand(runtime, request, on_end)
@@ -4298,7 +4474,7 @@ class DetachingSession:
             self._command.start()
         except SpawnError as exc:
             self._commands.remove(self._command)
-            self.channel.send(Error(self.id, str(exc), exc.reason), lambda: self.host.forget(self))
+            self.channel.send(Error(self.id, str(exc), exc.reason), self._give_up)
             log.info("exec failed: %s", exc, extra={"session": self.id})
             return
         log.info("detached command started: pid %d, %s", self._command.pid, self._command.request.cmd[0][:200],
@@ -4308,6 +4484,13 @@ class DetachingSession:
 
     def _go(self) -> None:
         self.host.drop(self)
+
+    def _give_up(self) -> None:
+        self.host.drop(self)
+        self._on_end()
+
+    def consumed(self) -> int:
+        return 0
 
     def write(self, data: bytes) -> None:
         text = "stdin: a detached command has none from here: attach to it"
@@ -4890,10 +5073,8 @@ class ArchiveSession:
         self.id = request.id
         self.host = host
         self.channel = host.open_channel(request.id)
-        self.secret = secrets.token_hex(16)
-        self.received = 0  # written by the thread of the connection that has the session
-        self.ending = False
-        self.flow = Flow(_window_of(request))
+        self.tie = Tie(request)
+        self.tie.flow.connect(self.channel)
         self.started_at = time.time()
         self._request = request
         self._stdin_limit = stdin_limit
@@ -4902,8 +5083,7 @@ class ArchiveSession:
 
     def run(self) -> None:
         """Pack or unpack, in a pool thread."""
-        self.channel.send(Started(self.id, 0, self.secret))
-        self.flow.connect(self.channel)
+        self.tie.flow.begin(Started(self.id, 0, self.tie.secret))
         request = self._request
         extra = {"session": self.id}
         log.info("archive %s: %s", "out of" if isinstance(request, ArchiveGet) else "into", request.path, extra=extra)
@@ -4914,15 +5094,15 @@ class ArchiveSession:
                 self._unpack(request)
         except ArchiveError as exc:
             log.info("archive failed: %s", exc, extra=extra)
-            self.flow.finish(Error(self.id, str(exc), exc.reason))
+            self.tie.flow.finish(Error(self.id, str(exc), exc.reason))
         except _Abandoned:
             log.info("archive abandoned", extra=extra)
             self.host.forget(self)
         except Exception as exc:
             log.exception("archive: unexpected error", extra=extra)
-            self.flow.finish(Error(self.id, f"unexpected error: {exc}", Reason.ARCHIVE_FAILED))
+            self.tie.flow.finish(Error(self.id, f"unexpected error: {exc}", Reason.ARCHIVE_FAILED))
         else:
-            self.flow.finish(Exit(self.id, 0))
+            self.tie.flow.finish(Exit(self.id, 0))
         self._input.close()
 
     def _unpack(self, request: ArchivePut) -> None:
@@ -4933,26 +5113,27 @@ class ArchiveSession:
             unpacker.close()
 
     def _put(self, data: bytes) -> None:
-        if not self.flow.wait_for_room():
+        if not self.tie.flow.wait_for_room():
             raise _Abandoned
-        self.flow.put(Stream.STDOUT, data)
+        self.tie.flow.put(Stream.STDOUT, data)
 
     def _consumed(self, count: int) -> None:
-        if count - self._told >= PROGRESS_STEP or count == self.received:
+        if count - self._told >= PROGRESS_STEP or count == self.tie.received:
             self._told = count
-            self.flow.send(Ack(self.id, count))
+            self.tie.flow.send(Ack(self.id, count))
 
-    def acknowledge_stdin(self) -> None:
-        self.flow.send(Ack(self.id, self._input.consumed()))
+    def consumed(self) -> int:
+        return self._input.consumed()
 
     def write(self, data: bytes) -> None:
-        self.received += len(data)
+        self.tie.received += len(data)
         if self._input.feed(data) > self._stdin_limit:
             text = f"stdin: more than {self._stdin_limit} bytes are waiting"
             self.host.send(Error(self.id, text, Reason.ARCHIVE_FAILED))
             self.end()
 
     def end_input(self) -> None:
+        self.tie.closed += 1
         self._input.end()
 
     def send_signal(self, number: int) -> None:
@@ -4962,14 +5143,14 @@ class ArchiveSession:
         """There is no terminal."""
 
     def end(self) -> None:
-        if self.flow.finished:
+        if self.tie.flow.finished:
             self.host.forget(self)
         else:
             self.leave()
 
     def leave(self) -> Child | None:
         self._input.close()
-        self.flow.close()
+        self.tie.flow.close()
         return None
 
     def describe(self) -> dict[str, Any]:
@@ -5324,6 +5505,7 @@ def measure(children: Mapping[str, Child], processes: bool = False) -> dict[str,
 CLOSE_TIMEOUT = 3.0  # seconds for the closing handshake
 BACKLOG_LIMIT = 4 << 20  # bytes of error replies that may wait for a peer that does not read them
 CALLS_LIMIT = 64  # questions of one peer that may wait for their answers
+HEARD_STEP = 16  # signals, sizes and ends after which a client is told that they have come
 REMEMBERED_IDS = 4096  # ended sessions whose late messages are expected
 CONTROL_SIZE = 16  # bytes; a ping or pong of ours is smaller, a message is not
 IOV_MAX = 1024  # buffers in one sendmsg(2), see <limits.h>
@@ -5611,6 +5793,18 @@ class LimitError(AgentError):
     """One session more than the limits allow."""
 
 
+class ClaimError(AgentError):
+    """A session cannot be resumed."""
+
+    def __init__(self, message: str, reason: Reason) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class SessionExists(AgentError):
+    """What is to be started has been: the request is sent again because its answer was lost."""
+
+
 class SessionRegistry:
     """Who is connected, what runs, and how many sessions there are in all."""
 
@@ -5622,12 +5816,15 @@ class SessionRegistry:
         self.detached = DetachedCommands()
         self._main = main
         self._describe_health = describe_health
+        self.instance = secrets.token_hex(8)  # tells clients in the handshake which agent has their sessions
+        self._starting = threading.Lock()  # held from the search for a secret to its entry, see start()
         self._lock = threading.Lock()  # guards the attributes below
         self._count = 0
         self._peers: set[Peer] = set()
         self._expired = False
         self._refusal = ""
         self._resumable: dict[str, FlowSession] = {}  # by secret
+        self._over: dict[str, None] = {}  # secrets of the latest that have ended, oldest first
         self._parked: dict[FlowSession, float] = {}  # without a connection, and when that is to end
         self._parking = threading.Condition(self._lock)  # the thread that ends them waits here
         self._parking_started = False
@@ -5669,10 +5866,21 @@ class SessionRegistry:
         with self._lock:
             return list(self._peers)
 
-    def register(self, session: FlowSession) -> None:
-        """A version 2 session begins: whoever has its secret may resume it."""
-        with self._lock:
-            self._resumable[session.secret] = session
+    def start(self, secret: str, peer: Peer, make: Callable[[], FlowSession]) -> FlowSession:
+        """Make a version 2 session for a connection: whoever has its secret may resume it from now on.
+
+        Raises:
+            SessionExists: if one with this secret runs, or has ended: no request starts two.
+        """
+        with self._starting:
+            with self._lock:
+                if secret in self._resumable or secret in self._over:
+                    raise SessionExists
+            session = make()
+            with self._lock:
+                self._resumable[session.tie.secret] = session
+                peer.adopt(cast(Session, session))
+            return session
 
     def describe_sessions(self) -> tuple[dict[str, Any], ...]:
         """What runs: the main process first, then detached commands, then the sessions of version 2.
@@ -5740,11 +5948,12 @@ class SessionRegistry:
             RuntimeError: if the system refuses the thread that ends it.
         """
         with self._lock:
-            if session.channel is not channel or session.secret not in self._resumable:
+            if session.channel is not channel or session.tie.secret not in self._resumable:
                 return
-            ending = session.ending
+            ending = session.tie.ending
             if ending:  # its client is done with it
-                del self._resumable[session.secret]
+                del self._resumable[session.tie.secret]
+                self._remember(session.tie.secret)
                 self._count -= 1
             else:
                 self._park(session, channel, window, end)
@@ -5758,54 +5967,85 @@ class SessionRegistry:
             threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
             self._parking_started = True
         session.host = self
-        session.flow.disconnect(channel)
+        session.tie.flow.disconnect(channel)
         self._parked[session] = time.monotonic() + window
         self._parking.notify()
 
-    def end_parked(self, session_id: str, secret: str) -> None:
-        """A client has ended its session, but only now that it has another connection can it say so."""
-        with self._lock:
-            session = self._resumable.get(secret)
-            if session is None or session.id != session_id or session not in self._parked:
-                return
-            self._parked[session] = 0.0
-            self._parking.notify()
-
-    def claim(self, request: Resume, host: SessionHost, channel: Channel) -> tuple[FlowSession, SessionHost]:
-        """Give a session to another connection; returns it and who had it.
+    def claim(self, request: Resume, peer: Peer) -> bool:
+        """Give a session to another connection; False if there is none with this secret, and was none of late.
 
         Raises:
-            LookupError: if there is none with this id and secret.
+            ClaimError: if it is over, or the request makes no sense.
         """
         with self._lock:
             session = self._resumable.get(request.secret)
-            if session is None or session.id != request.id:
-                raise LookupError("no session to resume: its id or secret is wrong, or its time is over")
-            before, session.host, session.channel = session.host, host, channel
-            self._parked.pop(session, None)
-            return session, before
+        if session is None:
+            if request.secret in self._over:
+                raise ClaimError("no session to resume: it has ended, or its time is over", Reason.UNKNOWN_SESSION)
+            return False
+        tie = session.tie
+        with tie.lock:
+            if request.connection and request.connection <= tie.connection:
+                raise ClaimError("a later connection has the session", Reason.DUPLICATE_SESSION)
+            try:
+                tie.flow.check(request.offset, request.acked)
+            except ValueError as exc:
+                raise ClaimError(f"resume: {exc}", Reason.BAD_MESSAGE) from None
+            channel = peer.open_channel(request.id)
+            with self._lock:
+                if session.id != request.id or request.secret not in self._resumable:
+                    raise ClaimError("no session to resume: its id is wrong, or its time is over",
+                                     Reason.UNKNOWN_SESSION)  # fmt: skip
+                session.host.drop(cast(Session, session))  # its connection may not be known to be dead yet
+                peer.adopt(cast(Session, session))
+                session.host, session.channel = peer, channel
+                self._parked.pop(session, None)
+            tie.connection = request.connection
+            message = Resumed(request.id, request.offset, tie.received, tie.closed, tie.heard)
+            tie.flow.resume(channel, message, request.acked, _window_of(request))
+            tie.flow.send(Ack(request.id, session.consumed(), tie.heard))  # the client may have missed that
+        return True
 
-    def unregister(self, session: Session) -> None:
+    def end(self, request: End) -> None:
+        """End a session by its secret, whichever connection has it."""
         with self._lock:
-            self._resumable.pop(getattr(session, "secret", ""), None)
+            session = self._resumable.get(request.secret)
+        if session is not None and session.id == request.id:
+            session.end()
 
     # What a parked session uses: SessionHost.
 
     def open_channel(self, session_id: str) -> Channel:
         raise AssertionError("a parked session has no connection")
 
-    def drop(self, session: Session) -> bool:
-        raise AssertionError("a parked session has no connection")
-
     def send(self, message: Event) -> None:
         """Nobody is there: what is worth keeping, its flow keeps."""
 
+    def drop(self, session: Session) -> bool:
+        """No connection has it: there is nothing to drop it from."""
+        return True
+
+    def settle(self, session: Session) -> None:
+        self.forget(session)
+
     def forget(self, session: Session) -> None:
+        """A version 2 session is over, whichever connection has it."""
         with self._lock:
-            if self._resumable.pop(getattr(session, "secret", ""), None) is None:
+            flow_session = cast(FlowSession, session)
+            tie = flow_session.tie
+            if self._resumable.pop(tie.secret, None) is None:
                 return
-            self._parked.pop(cast(FlowSession, session), None)
+            self._parked.pop(flow_session, None)
+            flow_session.host.drop(session)
             self._count -= 1
+            if tie.flow.begun:
+                self._remember(tie.secret)
+
+    def _remember(self, secret: str) -> None:
+        """A request that started this session and comes late is not to start it again. Holds the lock."""
+        self._over[secret] = None
+        if len(self._over) > REMEMBERED_IDS:
+            del self._over[next(iter(self._over))]
 
     def _end_parked(self, end: Callable[[Child], None]) -> None:
         while True:
@@ -5817,10 +6057,11 @@ class SessionRegistry:
                     continue
                 for session in over:
                     del self._parked[session]
-                    del self._resumable[session.secret]
+                    del self._resumable[session.tie.secret]
+                    self._remember(session.tie.secret)
                 self._count -= len(over)
             for session in over:
-                if not session.flow.finished:
+                if not session.tie.flow.finished:
                     log.warning("nobody resumed the session in time: it is ended", extra={"session": session.id})
                 child = session.leave()
                 if child is not None:
@@ -5840,6 +6081,13 @@ class SessionRegistry:
     def give_place(self) -> None:
         with self._lock:
             self._count -= 1
+
+    def detached_ended(self, secret: str) -> None:
+        """A detached command is over."""
+        with self._lock:
+            self._count -= 1
+            if secret:
+                self._remember(secret)
 
 
 class Peer:
@@ -5910,12 +6158,20 @@ class Peer:
         return Channel(self._connection.outbox, session_id, binary=self.version == 2)
 
     def forget(self, session: Session) -> None:
-        if self.drop(session):
-            self._registry.unregister(session)
+        if self.version == 2:
+            self._registry.forget(session)
+        elif self.drop(session):
             self._registry.give_place()
 
+    def settle(self, session: Session) -> None:
+        """The client is here: it says itself when it has the exit."""
+
+    def adopt(self, session: Session) -> None:
+        """The session is this connection's from now on."""
+        with self._lock:
+            self._sessions[session.id] = session
+
     def drop(self, session: Session) -> bool:
-        """The session is no longer this connection's; False if it was not."""
         with self._lock:
             if self._sessions.get(session.id) is not session:
                 return False
@@ -5944,7 +6200,8 @@ class Peer:
             self._refuse(exc.id, str(exc), Reason.BAD_MESSAGE)
             return
         if isinstance(request, Exec | Attach | ArchiveGet | ArchivePut):
-            self._start(request)
+            if not self._go_on(request):
+                self._start(request)
         elif isinstance(request, Call):
             self._answer(request)
         elif isinstance(request, Resume):
@@ -5956,10 +6213,10 @@ class Peer:
             if isinstance(request, Park):
                 if session is not None:
                     self._park(session)
-            elif session is None and isinstance(request, End) and request.secret:
-                self._registry.end_parked(request.id, request.secret)
             elif session is not None:
-                self._forward(request, session)
+                self._pass_on(request, session)
+            elif isinstance(request, End) and request.secret:
+                self._registry.end(request)
             elif not ended:  # what is late for an ended session is harmless
                 self._refuse(request.id, f"no session has the id {request.id[:80]!r}", Reason.UNKNOWN_SESSION)
 
@@ -5979,7 +6236,10 @@ class Peer:
             session = self._sessions.get(session_id)
             ended = session_id in self._ended_ids
         if session is not None:
-            session.write(bytes(data))
+            tie = cast(FlowSession, session).tie
+            with tie.lock:
+                if cast(FlowSession, session).host is self:
+                    session.write(bytes(data))
         elif not ended:
             self._refuse(session_id, f"no session has the id {session_id[:80]!r}", Reason.UNKNOWN_SESSION)
 
@@ -6033,7 +6293,7 @@ class Peer:
         """Whoever had the session, behind the listener that this peer is, has left it."""
         resumable = cast(FlowSession, session)
         window = self._runtime.config.resume_window
-        if window and resumable.secret:
+        if window and not isinstance(session, DetachingSession):
             self.drop(session)
             self._registry.park(resumable, resumable.channel, window, self._end_child)
         else:
@@ -6043,29 +6303,38 @@ class Peer:
         self._runtime.end_later([child])
 
     def _resume(self, request: Resume) -> None:
+        if not self._claim(request):
+            self._refuse(request.id, "no session to resume: its id or secret is wrong, or its time is over",
+                         Reason.UNKNOWN_SESSION)  # fmt: skip
+
+    def _go_on(self, request: Opening) -> bool:
+        """Resume what an earlier connection started with the same request; False if none did."""
+        if not request.secret:
+            return False
+        if isinstance(request, Exec) and request.detach:
+            command = self._registry.detached.find_same(request)
+            if command is not None:
+                command.call_when_started(self.send)
+                return True
+        resume = Resume(request.id, request.secret, 0, request.window, connection=request.connection)
+        return self._claim(resume)
+
+    def _claim(self, request: Resume) -> bool:
+        """Resume a session, or say why that cannot be; False if it is not known."""
         with self._lock:
             taken = request.id in self._sessions
         if taken:
             self._refuse(request.id, "the session is this connection's already", Reason.DUPLICATE_SESSION)
-            return
-        channel = self.open_channel(request.id)
+            return True
         try:
-            session, before = self._registry.claim(request, self, channel)
-        except LookupError as exc:
-            self._refuse(request.id, str(exc), Reason.UNKNOWN_SESSION)
-            return
-        if isinstance(before, Peer):  # its connection is not known to be dead yet
-            before.drop(cast(Session, session))
-        with self._lock:
-            self._sessions[request.id] = cast(Session, session)
+            if not self._registry.claim(request, self):
+                return False
+        except ClaimError as exc:
+            self._refuse(request.id, str(exc), exc.reason)
+            return True
         self.started += 1
-        try:
-            session.flow.connect(channel, Resumed(request.id, request.offset, session.received), _window_of(request))
-        except ValueError as exc:
-            self._refuse(request.id, f"resume: {exc}", Reason.BAD_MESSAGE)
-            return
-        session.acknowledge_stdin()
         log.info("session resumed", extra={"peer": self.name, "session": request.id})
+        return True
 
     def _refuse(self, session_id: str, message: str, reason: Reason) -> None:
         log.info("refused: %s", message, extra={"peer": self.name, "session": session_id})
@@ -6073,17 +6342,37 @@ class Peer:
         # Only for a peer that floods us with nonsense and does not read the answers.
         self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)
 
-    def _forward(self, request: ToSession, session: Session) -> None:
+    def _pass_on(self, request: ToSession, session: Session) -> None:
+        """Forward a message to a session, and say what is wrong with it."""
+        fault = self._forward(request, session) if self.version == 1 else self._forward_once(request, session)
+        if fault:
+            self._refuse(request.id, fault, Reason.BAD_MESSAGE)
+        elif isinstance(request, Stdin):
+            self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)  # if it was refused, as in _refuse()
+
+    def _forward_once(self, request: ToSession, session: Session) -> str:
+        """Forward what was not forwarded before, unless another connection has the session by now."""
+        flow_session = cast(FlowSession, session)
+        tie = flow_session.tie
+        number = request.number if isinstance(request, Signal | Resize | End) else 0
+        with tie.lock:
+            if flow_session.host is not self or not tie.is_news(number):
+                return ""
+            if number % HEARD_STEP == 1:
+                self.send(Ack(session.id, flow_session.consumed(), tie.heard))
+            return self._forward(request, session)
+
+    def _forward(self, request: ToSession, session: Session) -> str:
+        """Do to a session what its client asks for; returns what is wrong with that, "" for nothing."""
         if isinstance(request, Stdin):
             session.write(request.data)
-            self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)  # if it was refused, as in _refuse()
         elif isinstance(request, End):
             session.end()
         elif isinstance(request, Ack):
             try:
-                cast(FlowSession, session).flow.acknowledge(request.offset)
+                cast(FlowSession, session).tie.flow.acknowledge(request.offset)
             except ValueError as exc:
-                self._refuse(request.id, f"ack: {exc}", Reason.BAD_MESSAGE)
+                return f"ack: {exc}"
         elif isinstance(request, CloseStdin):
             session.end_input()
         elif isinstance(request, Resize):
@@ -6092,9 +6381,10 @@ class Peer:
             try:
                 session.send_signal(parse_signal(request.signal))
             except ValueError as exc:
-                self._refuse(request.id, f"signal: {exc}", Reason.BAD_MESSAGE)
+                return f"signal: {exc}"
             except PermissionError:
-                self._refuse(request.id, "signal: the process belongs to another user", Reason.BAD_MESSAGE)
+                return "signal: the process belongs to another user"
+        return ""
 
     def _start(self, request: Opening) -> None:
         with self._lock:
@@ -6127,7 +6417,11 @@ class Peer:
             self._open(request)
         except LookupError as exc:
             self._registry.give_place()
-            self._refuse(request.id, str(exc), Reason.ID_TAKEN)
+            if not self._go_on(request):
+                self._refuse(request.id, str(exc), Reason.ID_TAKEN)
+        except SessionExists:  # by now: the same request was under way on an earlier connection
+            self._registry.give_place()
+            self._go_on(request)
         except (OSError, RuntimeError, ValueError) as exc:  # no descriptor or thread left
             self._registry.give_place()
             self._refuse(request.id, f"cannot start a session: {exc}", Reason.START_FAILED)
@@ -6136,16 +6430,20 @@ class Peer:
         """Raises OSError or RuntimeError if the system refuses a descriptor or thread, LookupError for a taken id."""
         (thread,) = self._runtime.pool.reserve(1)
         try:
-            session = self._make_session(request)
-        except (OSError, ValueError, LookupError):  # ValueError: an id that no data frame can hold
+            run = self._begin(request)
+        except (OSError, ValueError, LookupError, SessionExists):  # ValueError: an id that no data frame can hold
             self._runtime.pool.release([thread])
             raise
-        if isinstance(session, FlowExecSession | FlowAttachSession | ArchiveSession):
-            self._registry.register(session)
-        with self._lock:
-            self._sessions[request.id] = session
         self.started += 1
-        thread.run(session.run)
+        thread.run(run)
+
+    def _begin(self, request: Opening) -> Callable[[], None]:
+        """Make a session that is this connection's; returns what its thread is to do."""
+        if self.version == 1 or (isinstance(request, Exec) and request.detach):
+            session = self._make_session(request)
+            self.adopt(session)
+            return session.run
+        return self._registry.start(request.secret, self, lambda: cast(FlowSession, self._make_session(request))).run
 
     def _make_session(self, request: Opening) -> ExecSession | AttachSession | DetachingSession | ArchiveSession:
         if isinstance(request, ArchiveGet | ArchivePut):
@@ -6159,7 +6457,9 @@ class Peer:
             return (AttachSession if self.version == 1 else FlowAttachSession)(self, request, target)
         if request.detach:
             detached = self._registry.detached
-            return DetachingSession(self._runtime, self, request, detached, self._registry.give_place)
+            return DetachingSession(
+                self._runtime, self, request, detached, lambda: self._registry.detached_ended(request.secret)
+            )
         return (ExecSession if self.version == 1 else FlowExecSession)(self._runtime, self, request)
 
     def _leave(self) -> int:
@@ -6172,8 +6472,9 @@ class Peer:
                 resumable = cast(FlowSession, session)
                 self._registry.park(resumable, resumable.channel, window, self._end_child)
             return len(sessions)
-        for session in sessions:
-            self._registry.unregister(session)
+        if self.version == 2:
+            for session in sessions:
+                self._registry.forget(session)
         children = [child for session in sessions if (child := session.leave()) is not None]
         self._runtime.end_later(children)
         return len(sessions)
@@ -6376,6 +6677,7 @@ class Server:
             self._serve_peer,
             open_listener(config.addr),
             process_request=self._process_request,
+            process_response=self._process_response,
             server_header=f"sockerless-agent/{__version__}",
             max_size=config.max_message_size,
             logger=logging.getLogger("sockerless.websockets"),
@@ -6443,6 +6745,12 @@ class Server:
         if not token and is_foreign_page(request):
             log.warning("client refused: a web page of another host")
             return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
+        return None
+
+    def _process_response(
+        self, connection: ServerConnection, request: HTTPRequest, response: HTTPResponse
+    ) -> HTTPResponse | None:
+        response.headers[INSTANCE_HEADER] = self._registry.instance
         return None
 
 
@@ -6545,10 +6853,11 @@ class ReverseDialer:
         context = None
         if config.callback.secure:
             context = ssl.create_default_context(cafile=config.callback_ca or None)
+        headers = {INSTANCE_HEADER: self._registry.instance}
         connection = connect(
             config.callback.url,
             create_connection=DialerSocket,
-            additional_headers={"Authorization": f"Bearer {config.token}"} if config.token else None,
+            additional_headers=headers | ({"Authorization": f"Bearer {config.token}"} if config.token else {}),
             user_agent_header=f"sockerless-agent/{__version__}",
             subprotocols=[SUBPROTOCOL],  # offered: a version 1 backend does not select it
             ssl=context,

@@ -60,6 +60,7 @@ from websockets.sync.server import ServerConnection
 from agent import (
     CLOSE_TIMEOUT,
     DEFAULT_WINDOW_SIZE,
+    INSTANCE_HEADER,
     SUBPROTOCOL,
     Ack,
     Address,
@@ -86,6 +87,7 @@ from agent import (
     Lost,
     MessageError,
     Opening,
+    Outbox,
     Output,
     Park,
     PathStat,
@@ -150,7 +152,7 @@ STDIN_CHUNK = 256 << 10  # bytes in one put() of stdin
 REMEMBERED_SESSIONS = 4096  # of a client behind a listener, until those that have ended are forgotten
 BRIDGE_LIMIT = 64 << 20  # bytes of output that may wait for a Docker client, or one behind a listener
 RESUME_PATIENCE = 60.0  # seconds for which a lost connection is made again
-REMEMBERED_ENDS = 1024  # ended sessions of which the agent may not have heard when a connection is lost
+REDIAL_FIRST, REDIAL_LAST = 0.05, 2.0  # seconds between two tries; the very first comes at once
 END_GRACE = 5.0  # seconds from SIGHUP to SIGKILL where the agent cannot end a session by itself
 UNREAD_LIMIT = 1 << 30  # bytes of output that a session keeps for a reader that does not come
 
@@ -301,13 +303,19 @@ class _ClientFlow:
     """What a version 2 connection knows of a session, to hold it back and to resume it."""
 
     def __init__(self, request: Opening, receiver: SessionReceiver) -> None:
+        # The secret is this side's choice: a session whose started was lost can be resumed, too.
+        self.secret = secrets.token_hex(16)
+        self.request = dataclasses.replace(request, secret=self.secret)
         self.id = request.id
         self.receiver = receiver
+        # Guarded by the connection's lock.
+        self.asked = False  # the request has been sent, perhaps on an earlier connection
+        self.farewells = 0  # how many were said before it
         # The receiving thread's alone.
         self.started: Started | None = None
         self.received = 0  # bytes of output
-        self.resuming = False
-        self.sent = True  # False while the request waits for a connection; guarded by the connection's lock
+        self.lost_at = -1  # the offset of the last loss
+        self.resuming = False  # and not known yet whether the agent has it
         self._lock = threading.Lock()  # guards the attributes below
         self._consumed = 0
         self._acked = 0
@@ -321,21 +329,30 @@ class _ClientFlow:
             self._acked = self._consumed
             return self._acked
 
+    def resumption(self, connection: int) -> Resume:
+        """The message that takes the session over to the n-th connection."""
+        with self._lock:
+            self._acked = self._consumed
+            return Resume(self.id, self.secret, self.received, 0, self._acked, connection)
+
 
 class _StdinSender:
-    """A version 2 session's stdin: keeps what the agent has not consumed, to send it again. Used as a Channel is."""
+    """What goes to a version 2 session: keeps what the agent may not have, to send it again. Used as a Channel is."""
 
-    def __init__(self, session_id: str, channel: Channel) -> None:
+    def __init__(self, session_id: str) -> None:
         self.id = session_id
         # Guards the attributes below. Held while something is handed to the
         # channel, which never waits: offsets are to agree with the order there.
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._channel: Channel | None = channel  # None while there is no connection
-        self._kept: collections.deque[bytes] = collections.deque()
+        self._outbox: Outbox | None = None  # both None while there is no connection that has the session
+        self._channel: Channel | None = None
+        self._kept: collections.deque[bytes | CloseStdin] = collections.deque()
         self._acked = 0  # offset of the first byte that is kept
         self._end = 0
-        self._closing: CloseStdin | None = None
+        self._closed = 0  # how many CloseStdin are kept no longer
+        self._controls: collections.deque[Signal | Resize | End] = collections.deque()  # that are kept
+        self._numbers = itertools.count(1)
         self._dead = False
 
     def wait_for_room(self) -> bool:
@@ -353,43 +370,69 @@ class _StdinSender:
                 self._channel.put(stream, data)
 
     def send(self, message: CloseStdin) -> None:
+        """End stdin, behind what was put."""
         with self._lock:
-            self._closing = message
+            if self._dead:
+                return
+            self._kept.append(message)
             if self._channel is not None:
                 self._channel.send(message)
 
-    def acknowledge(self, offset: int) -> None:
+    def control(self, message: Signal | Resize | End) -> None:
+        """Send ahead of stdin."""
         with self._lock:
-            self._forget(offset)
+            if self._dead:
+                return
+            numbered = dataclasses.replace(message, number=next(self._numbers))
+            self._controls.append(numbered)
+            if self._outbox is not None:
+                self._outbox.send(numbered)
 
-    def _forget(self, offset: int) -> None:
+    def acknowledge(self, offset: int, heard: int) -> None:
+        with self._lock:
+            self._forget(offset, heard)
+
+    def _forget(self, offset: int, heard: int) -> None:
         while self._kept and self._acked < offset:
-            data = self._kept.popleft()
-            keep = self._acked + len(data) - offset
+            first = self._kept.popleft()
+            if isinstance(first, CloseStdin):
+                self._closed += 1
+                continue
+            keep = self._acked + len(first) - offset
             if keep > 0:
-                self._kept.appendleft(data[-keep:])
-            self._acked += len(data) - max(keep, 0)
+                self._kept.appendleft(first[-keep:])
+            self._acked += len(first) - max(keep, 0)
+        while self._controls and self._controls[0].number <= heard:
+            self._controls.popleft()
         self._room.notify_all()
 
-    def connect(self, channel: Channel, offset: int) -> None:
-        """Go on through ``channel``: the agent has everything below ``offset``."""
+    def connect(self, outbox: Outbox, offset: int = 0, closed: int = 0, heard: int = 0) -> None:
+        """Go on through ``outbox``. The agent has stdin up to ``offset``, so many ends of it, and messages."""
         with self._lock:
-            self._forget(offset)
-            self._channel = channel
-            for data in self._kept:
-                channel.put(Stream.STDIN, data)
-            if self._closing is not None:
-                channel.send(self._closing)
+            self._forget(offset, heard)
+            while self._closed < closed and self._kept and isinstance(self._kept[0], CloseStdin):
+                self._kept.popleft()
+                self._closed += 1
+            self._outbox = outbox
+            for control in self._controls:
+                outbox.send(control)
+            self._channel = Channel(outbox, self.id, binary=True)
+            for item in self._kept:
+                if isinstance(item, CloseStdin):
+                    self._channel.send(item)
+                else:
+                    self._channel.put(Stream.STDIN, item)
 
     def disconnect(self) -> None:
         with self._lock:
-            self._channel = None
+            self._outbox = self._channel = None
 
     def discard(self) -> None:
         """The session has ended: whoever waits for room is let go."""
         with self._lock:
             self._dead = True
             self._kept.clear()
+            self._controls.clear()
             self._room.notify_all()
 
 
@@ -455,11 +498,16 @@ class AgentConn:
         self.on_health: Callable[[dict[str, Any]], None] | None = None
         """Called when the health check's verdict changes, with what health() returns. Like on_outage, it is
         called from the receiving thread, and must not block."""
+        self._pause = 0.0  # seconds before the next dial; the receiving thread's
         self._connection = connection  # replaced by the receiving thread, with _lock held
         self._online = True  # guarded by _lock, as all of these
         self._over = False  # it will not be made again
-        self._ends: collections.deque[End] = collections.deque(maxlen=REMEMBERED_ENDS)  # sent on this link
+        self._connections = 1  # how many there were
         self._held: list[Request] = []  # to be sent once there is a connection again
+        # For sessions that are over here. The last ones may not have come; the start of a
+        # session that was asked for after them shows that they have.
+        self._farewells: collections.deque[End] = collections.deque()
+        self._farewells_said = 0
         self._flows: dict[str, _ClientFlow] = {}
         self._senders: dict[str, _StdinSender] = {}
         self._calls: dict[str, tuple[Call, queue.SimpleQueue[Answer | ClientError]]] = {}
@@ -503,10 +551,12 @@ class AgentConn:
 
     def close(self) -> None:
         """Close the connection. Commands that run on it are ended."""
-        self._closing.set()
+        with self._lock:
+            self._closing.set()  # with the lock held: a connection that is just made again is closed, too
+            connection = self._connection
         for flow in self._live_flows():
-            self.send(End(flow.id))  # nobody will resume it
-        self._connection.close()
+            self._say_farewell(flow)  # nobody will resume it
+        connection.close()
         if threading.current_thread() is not self._thread:  # as it is in a callback
             self._thread.join()
 
@@ -782,16 +832,46 @@ class AgentConn:
         """
         with self._lock:
             if self._lost is not None:
+                self._senders.pop(request.id, None)
                 raise ConnectionLost(str(self._lost))
             if request.id in self._receivers:
                 raise SessionError(f"session id {request.id!r} is in use", Reason.DUPLICATE_SESSION)
             self._receivers[request.id] = receiver
             if self.version == 2:
                 flow = self._flows[request.id] = _ClientFlow(request, receiver)
-                flow.sent = self._online
-        if self.version == 2:
-            receiver.tell_consumed(lambda count: self._consume(flow, count))
-        self.send(request)
+                receiver.tell_consumed(lambda count: self._consume(flow, count))
+                if self._online:  # with the lock held: no other connection comes in between
+                    self._ask_for(flow)
+        if self.version == 1:
+            self.send(request)
+
+    def _ask_for(self, flow: _ClientFlow) -> None:
+        """Start a session, or go on with it, on the connection that there is. Holds the lock."""
+        outbox, sender = self._connection.outbox, self._senders.get(flow.id)
+        flow.resuming = flow.asked
+        if flow.started is not None:
+            outbox.send(flow.resumption(self._connections))
+            return
+        flow.farewells = self._farewells_said
+        outbox.send(dataclasses.replace(flow.request, connection=self._connections))
+        if not flow.asked and sender is not None:  # else it is to be seen what the agent has
+            sender.connect(outbox)
+        flow.asked = True
+
+    def _say_farewell(self, flow: _ClientFlow) -> None:
+        """The session is over here: the agent need keep it no longer."""
+        with self._lock:
+            farewell = End(flow.id, secret=flow.secret)
+            self._farewells.append(farewell)
+            self._farewells_said += 1
+            if self._online:
+                self._connection.outbox.send(farewell)
+
+    def _confirm_farewells(self, count: int) -> None:
+        """The first ``count`` have come."""
+        with self._lock:
+            while self._farewells and self._farewells_said - len(self._farewells) < count:
+                self._farewells.popleft()
 
     def _consume(self, flow: _ClientFlow, count: int) -> None:
         offset = flow.consume(count)
@@ -877,9 +957,16 @@ class AgentConn:
         A deployed Go agent does not know the request; there a command's process
         group gets SIGHUP, and SIGKILL after END_GRACE seconds.
         """
+        if not exit_follows and self.version == 2:
+            with self._lock:
+                flow = self._flows.get(session_id)
+            if flow is not None:
+                self._forget(session_id)
+                self._say_farewell(flow)
+            return
         self.send(End(session_id))
         if not exit_follows:
-            self._forget(session_id)  # as at any session's end: else it would be resumed after an outage
+            self._forget(session_id)
             return
         if self.version == 2:
             return
@@ -914,16 +1001,19 @@ class AgentConn:
     def open_channel(self, session_id: str) -> Channel | _StdinSender:
         """Where a session's stdin goes."""
         with self._lock:
-            channel = Channel(self._connection.outbox, session_id, binary=self.version == 2)
             if self.version == 1:
-                return channel
-            sender = self._senders[session_id] = _StdinSender(session_id, channel)
-            if not self._online:
-                sender.disconnect()
+                return Channel(self._connection.outbox, session_id)
+            sender = self._senders[session_id] = _StdinSender(session_id)  # connected as the session is asked for
             return sender
 
     def send(self, message: Request) -> None:
         """Send a message; dropped if the connection has ended for good, as every session then is told."""
+        if self.version == 2 and isinstance(message, Signal | Resize | End):
+            with self._lock:
+                sender = self._senders.get(message.id)
+            if sender is not None:
+                sender.control(message)
+            return
         with self._lock:
             if not self._online:
                 self._held.append(message)
@@ -968,15 +1058,15 @@ class AgentConn:
         if self.on_outage is not None:
             self.on_outage(True)
         until = time.monotonic() + self._patience
-        pause = 0.05
-        while time.monotonic() < until and not self._closing.wait(pause):
+        while time.monotonic() < until and not self._closing.wait(self._pause):
+            # Zero again as soon as a connection brings something.
+            self._pause = min(max(self._pause * 2, REDIAL_FIRST), REDIAL_LAST)
             try:
                 connection = self._redial()
             except Unauthorized:
                 return False
             except ConnectFailed as exc:
                 log.debug("not connected again yet: %s", exc)
-                pause = min(pause * 2, 2.0)
                 continue
             if connection.subprotocol != SUBPROTOCOL:
                 connection.close()
@@ -990,24 +1080,20 @@ class AgentConn:
     def _take_over(self, connection: QueuedConnection) -> None:
         connection.start_writer(_pool)
         _heartbeat.add(connection)
-        unknown = []
-        new: list[_StdinSender] = []
+        gone = []
         with self._lock:
+            same_agent = _instance(connection) == _instance(self._connection)
             self._connection = connection
             self.lifetime_expired.clear()  # the agent says so again
+            self._connections += 1
+            closing = self._closing.is_set()
+            for farewell in self._farewells:
+                connection.outbox.send(farewell)
             for flow in self._flows.values():
-                if flow.started is not None:
-                    flow.resuming = True
-                    connection.outbox.send(Resume(flow.id, flow.started.secret, flow.received))
-                elif flow.sent:
-                    unknown.append(flow)
-                elif flow.id in self._senders:
-                    new.append(self._senders[flow.id])
-                flow.sent = True
-            for end in self._ends:  # it may have been lost; else the agent knows none of them
-                if end.secret:
-                    connection.outbox.send(end)
-            self._ends.clear()
+                if same_agent or not flow.asked:
+                    self._ask_for(flow)
+                else:
+                    gone.append(flow)
             held, self._held = self._held, []
             for message in held:
                 if not isinstance(message, Call):
@@ -1015,11 +1101,11 @@ class AgentConn:
             for call, _ in self._calls.values():  # the answer may have been lost: ask again
                 connection.outbox.send(call)
             self._online = True
-        for sender in new:  # what is queued on a channel goes out behind the requests
-            sender.connect(Channel(connection.outbox, sender.id, binary=True), 0)
-        for flow in unknown:
+        for flow in gone:
             self._forget(flow.id)
-            flow.receiver.failed(ConnectionLost("the connection was lost before it was known whether the command runs"))
+            flow.receiver.failed(ConnectionLost("session lost: the agent was started anew"))
+        if closing:  # close() knew of the one before only
+            connection.close()
 
     def _forget(self, session_id: str) -> None:
         with self._lock:
@@ -1034,6 +1120,7 @@ class AgentConn:
         why = "the connection was closed"
         try:
             for message in self._connection:
+                self._pause = 0.0
                 self._dispatch(message)
         except ConnectionClosed as exc:
             why = f"the connection to the agent was lost: {exc}"
@@ -1084,20 +1171,28 @@ class AgentConn:
             sender = self._senders.get(event.id)
         if isinstance(event, Ack):
             if sender is not None:
-                sender.acknowledge(event.offset)
+                sender.acknowledge(event.offset, event.heard)
         elif flow is None:
             return
         elif isinstance(event, Started):
             flow.started = event
+            flow.secret = event.secret or flow.secret
+            self._confirm_farewells(flow.farewells)
             if isinstance(flow.receiver, _DetachReceiver):
                 self._forget(event.id)
                 flow.receiver.detached(event)
+            elif flow.resuming:  # the agent had not had the request before
+                flow.resuming = False
+                if sender is not None:
+                    sender.connect(self._connection.outbox)
         elif isinstance(event, Lost):
-            flow.receiver.output(Output(event.id, Stream.STDERR, b"", event.bytes))
+            if event.offset > flow.lost_at:  # a resumed session may say it again
+                flow.lost_at = event.offset
+                flow.receiver.output(Output(event.id, Stream.STDERR, b"", event.bytes))
         else:
             flow.resuming = False
             if sender is not None:
-                sender.connect(Channel(self._connection.outbox, event.id, binary=True), event.stdin)
+                sender.connect(self._connection.outbox, event.stdin, event.closed, event.heard)
 
     def _expire(self) -> None:
         self.lifetime_expired.set()
@@ -1132,11 +1227,8 @@ class AgentConn:
             return
         if final and receiver is not None:
             self._forget(event.id)
-            if self.version == 2:
-                end = End(event.id, flow.started.secret if flow is not None and flow.started is not None else "")
-                with self._lock:
-                    self._ends.append(end)
-                self.send(end)  # the agent keeps it no longer
+            if flow is not None:
+                self._say_farewell(flow)
         if receiver is None:
             if isinstance(event, Error):
                 log.warning("the agent reports: %s", event.message)
@@ -1148,6 +1240,12 @@ class AgentConn:
             receiver.failed(_session_error(event))
         else:
             receiver.warning(_session_error(event))
+
+
+def _instance(connection: QueuedConnection) -> str:
+    """Which agent it is, "" if that has not said so: another than before has none of its sessions."""
+    head = connection.response if isinstance(connection, ClientConnection) else connection.request
+    return head.headers.get(INSTANCE_HEADER, "") if head is not None else ""
 
 
 def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
@@ -2018,6 +2116,7 @@ class ReverseListener:
             self._speaks_version_2,
             ssl=tls,
             process_request=self._process_request,
+            process_response=self._process_response,
             server_header=f"sockerless-agent-client/{__version__}",
             max_size=MAX_MESSAGE_SIZE,
             logger=logging.getLogger("sockerless.client.websockets"),
@@ -2103,6 +2202,17 @@ class ReverseListener:
             if agent.current_link() is None:
                 text = "the agent's connection is lost, and may be made again\n"
                 return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
+        return None
+
+    def _process_response(
+        self, connection: ServerConnection, request: HTTPRequest, response: HTTPResponse
+    ) -> HTTPResponse | None:
+        """Tell a client which agent it is, as the agent itself would."""
+        client_of = _client_path(request.path.partition("?")[0])
+        agent = self.get(client_of) if client_of is not None else None
+        link = agent.current_link() if agent is not None else None
+        if link is not None:
+            response.headers[INSTANCE_HEADER] = _instance(link)
         return None
 
     def _speaks_version_2(self, connection: ServerConnection) -> bool:
@@ -2352,12 +2462,13 @@ class _Passed:
     def __init__(self, request: Opening | Resume, link: QueuedConnection, client: QueuedConnection) -> None:
         self.to_agent = Channel(link.outbox, request.id, binary=True)  # its stdin
         self.to_client = Channel(client.outbox, request.id, binary=True)
-        self.secret = request.secret if isinstance(request, Resume) else ""  # "" before it is known
+        self.secret = request.secret  # "" where the agent chooses it, and has not said it yet
         self.detaching = isinstance(request, Exec) and request.detach
         self.exit_follows = isinstance(request, Exec | Resume)  # when it is told to end; for a Resume perhaps
         self.ended = False  # it has had its exit or error
-        # What the agent said before it has seen the Resume was for another connection, and comes again.
-        self.awaits_resumed = isinstance(request, Resume)
+        # What the agent said before it has seen a request that is repeated was for another connection, and comes again.
+        self.repeated = isinstance(request, Resume) or request.connection > 1
+        self.early: Ack | None = None  # of a request that looked repeated, and was the first
 
 
 class _PassThrough(_ClientServer):
@@ -2408,12 +2519,16 @@ class _PassThrough(_ClientServer):
 
     def _note(self, event: Event, session: _Passed) -> bool:
         """Keep track of a session; False if the event is not for its client. Holds the lock."""
-        if session.awaits_resumed:
-            if not isinstance(event, Resumed | Error):
+        if session.repeated:
+            if isinstance(event, Ack):
+                session.early = event
+            if not isinstance(event, Resumed | Started | Error):
                 return False
-            session.awaits_resumed = False
+            session.repeated = False
+            if session.early is not None and isinstance(event, Started):
+                session.to_client.send(session.early)
         if isinstance(event, Started):
-            session.secret = event.secret
+            session.secret = event.secret or session.secret
             session.ended = session.detaching
         elif isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL):
             session.ended = True
@@ -2423,7 +2538,7 @@ class _PassThrough(_ClientServer):
         """Output; never more than the client's window."""
         with self._lock:
             session = self._sessions.get(session_id)
-            if session is not None and not session.awaits_resumed:
+            if session is not None and not session.repeated:
                 session.to_client.put(stream, data)
 
     def link_lost(self) -> None:
@@ -2435,13 +2550,14 @@ class _PassThrough(_ClientServer):
 
     # Called by another client's thread.
 
-    def yields(self, request: Resume) -> bool:
+    def yields(self, request: Opening | Resume) -> bool:
         """Give a session up to who shows its secret."""
         with self._lock:
             session = self._sessions.get(request.id)
-            known = session is not None and bool(session.secret)
-            if session is None or (known and not hmac.compare_digest(session.secret, request.secret)):
-                return session is None
+            if session is None:
+                return True
+            if not session.secret or not hmac.compare_digest(session.secret.encode(), request.secret.encode()):
+                return False
             self._give_up(request.id, session)
             return True
 
@@ -2531,12 +2647,13 @@ class _PassThrough(_ClientServer):
         if before is not None and not before.ended:
             raise SessionError(f"session id {request.id!r} is in use", Reason.DUPLICATE_SESSION, request.id)
         while (owner := self._conn.claim_route(request.id, self)) is not None:
-            if not isinstance(request, Resume):
-                text = f"session id {request.id!r} is in use by another client of this listener"
-                raise SessionError(text, Reason.DUPLICATE_SESSION, request.id)
-            if not owner.yields(request):
+            if owner.yields(request):
+                continue
+            if isinstance(request, Resume):
                 text = "no session to resume: its id or secret is wrong, or its time is over"
                 raise SessionError(text, Reason.UNKNOWN_SESSION, request.id)
+            text = f"session id {request.id!r} is in use by another client of this listener"
+            raise SessionError(text, Reason.DUPLICATE_SESSION, request.id)
         with self._lock:
             if self._cut:
                 self._conn.release_route(request.id, self)
