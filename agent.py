@@ -110,6 +110,7 @@ except ImportError:
     from websockets.utils import apply_mask
 
 if TYPE_CHECKING:  # imported where they are used
+    import io
     import tarfile
 
     import psutil
@@ -410,14 +411,14 @@ class ArchivePut:
 
     Attributes:
         no_overwrite_dir_non_dir: refuse to put a file in a directory's place, and the reverse.
-        copy_uid_gid: what is unpacked belongs to the agent's user, not to whom the archive names.
+        no_owners: what is unpacked belongs to the agent's user, not to whom the archive names.
     """
 
     id: str
     path: str
     window: int = 0
     no_overwrite_dir_non_dir: bool = False
-    copy_uid_gid: bool = False
+    no_owners: bool = False
     secret: str = ""
     connection: int = 0
 
@@ -726,7 +727,7 @@ _REQUESTS_2: dict[str, Callable[[_Fields], Request]] = {
         fields.path(),
         fields.count("window"),
         fields.boolean("no_overwrite_dir_non_dir"),
-        fields.boolean("copy_uid_gid"),
+        fields.boolean("no_owners"),
         secret=fields.secret(),
         connection=fields.count("connection"),
     ),
@@ -4560,11 +4561,13 @@ class OutputCopier:
 
 ARCHIVE_CHUNK = 256 << 10  # bytes in one read of a file
 ARCHIVE_BUFFER = 64 << 10  # bytes of headers and small files that are put together
+ARCHIVE_HEADER = 1 << 20  # bytes of all headers of one member, as Go's archive/tar has it
+NOBODY_AT_ALL = 0xFFFFFFFF  # no user's number: for chown(2) it means that nothing is to change
 LINKS_LIMIT = 40  # symbolic links in one path, as the kernel has it (path_resolution(7))
 # What the kernel makes up as it is read: no part of an image, without a size, and some of it without an end.
 PSEUDO_FILE_SYSTEMS = frozenset((
-    "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "efivarfs", "fusectl", "mqueue", "proc", "pstore",
-    "securityfs", "sysfs", "tracefs",
+    "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "efivarfs", "fusectl", "mqueue", "nsfs",
+    "proc", "pstore", "resctrl", "rpc_pipefs", "securityfs", "selinuxfs", "sysfs", "tracefs",
 ))  # fmt: skip
 
 
@@ -4603,6 +4606,7 @@ _GO_TYPES = {
     stat.S_IFSOCK: 1 << 24,
 }
 _GO_BITS = {stat.S_ISUID: 1 << 23, stat.S_ISGID: 1 << 22, stat.S_ISVTX: 1 << 20}
+_GO_EARLIEST, _GO_LATEST = -62135596800, 253402300799  # years 1 and 9999, which RFC 3339 and datetime end with
 
 
 def stat_path(path: str) -> dict[str, Any]:
@@ -4623,12 +4627,13 @@ def stat_path(path: str) -> dict[str, Any]:
     for bit, go_bit in _GO_BITS.items():
         mode |= go_bit if found.st_mode & bit else 0
     seconds, nanoseconds = divmod(found.st_mtime_ns, 1_000_000_000)
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    seconds = min(max(seconds, _GO_EARLIEST), _GO_LATEST)
+    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
     return {
         "name": os.path.basename(path.rstrip("/")) or "/",
         "size": found.st_size,
         "mode": mode,
-        "mtime": f"{moment}.{nanoseconds:09d}Z",
+        "mtime": f"{moment.isoformat()}.{nanoseconds:09d}Z",
         "linkTarget": target,
     }
 
@@ -4688,52 +4693,178 @@ def pack(path: str, write: Callable[[bytes], None], name: str = "") -> None:
 
     path = clean_path(path)
     output = _TarOutput(write)
-    pseudo = _pseudo_devices()
     try:
         top = os.lstat(path)
+        pseudo = _pseudo_devices()
         if top.st_dev in pseudo:
             raise ArchiveError(f"{path}: the kernel makes this up as it is read, so it has no size: use a command")
-        with tarfile.open(fileobj=cast(IO[bytes], output), mode="w", format=tarfile.PAX_FORMAT) as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], output), mode="w", format=tarfile.PAX_FORMAT,
+                          encoding="utf-8", errors="surrogateescape") as tar:  # fmt: skip
             cast(Any, tar).copybufsize = ARCHIVE_CHUNK
-            # What is yet to be packed, the next one last: a tree may be deeper than a stack.
-            left = [(path, name or os.path.basename(path.rstrip("/")) or ".")]
-            while left:
-                source, member = left.pop()
-                try:
-                    found = os.lstat(source)
-                    _pack_one(tar, source, member, found)
-                    cast(Any, tar).members.clear()  # else it grows with every member
-                    if stat.S_ISDIR(found.st_mode) and found.st_dev not in pseudo:
-                        names = sorted(os.listdir(source), reverse=True)
-                        left += [(os.path.join(source, below), f"{member}/{below}") for below in names]
-                except FileNotFoundError:
-                    if source == path:
-                        raise
+            _Packer(tar, pseudo, path).pack(top, name or os.path.basename(path.rstrip("/")) or ".")
         output.flush()
     except OSError as exc:
-        raise _explain_path(os.fsdecode(exc.filename) if exc.filename else path, exc) from None
+        raise _explain_path(path, exc) from None
 
 
-def _pack_one(tar: tarfile.TarFile, source: str, name: str, found: os.stat_result) -> None:
-    import tarfile
+@dataclasses.dataclass(slots=True)
+class _Level:
+    """A directory that is being packed."""
 
-    if not stat.S_ISREG(found.st_mode):
-        info = tar.gettarinfo(source, name)
-        if cast(tarfile.TarInfo | None, info) is not None:  # a socket has no place in an archive
-            tar.addfile(info)
-        return
-    fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb", buffering=0) as file:
-        info = tar.gettarinfo(arcname=name, fileobj=file)
-        with contextlib.suppress(OSError):  # it has none, or the file system does not know them
-            capability = os.getxattr(fd, "security.capability")
-            info.pax_headers = {"SCHILY.xattr.security.capability": capability.decode("utf-8", "surrogateescape")}
+    found: os.stat_result
+    name: str  # in the archive
+    left: list[str]  # names in it that are yet to be packed, the next one last
+
+
+class _Packer:
+    """Packs one tree: down from an open directory to a name in it, however deep, and whatever moves meanwhile."""
+
+    def __init__(self, tar: tarfile.TarFile, pseudo: set[int], path: str) -> None:
+        self._tar = tar
+        self._pseudo = pseudo
+        self._path = path  # for messages
+        # The first name of what has several. A file that changes, or another one in its inode, is packed again.
+        self._linked: dict[tuple[int, int, int, int], str] = {}
+
+    def pack(self, top: os.stat_result, name: str) -> None:
+        """Raises OSError or ArchiveError."""
+        if not stat.S_ISDIR(top.st_mode):
+            parent = os.open(os.path.dirname(self._path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._pack_other(parent, os.path.basename(self._path), name, top)
+            finally:
+                os.close(parent)
+            return
+        # One descriptor at a time, and so no limit to the depth: up again goes "..", if it still leads there.
+        directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        levels: list[_Level] = []
         try:
-            tar.addfile(info, file if info.isreg() else None)
+            levels.append(self._begin(directory, name))
+            while levels:
+                level = levels[-1]
+                if level.left:
+                    below = level.left.pop()
+                    entered = self._pack_below(directory, below, f"{level.name}/{below}")
+                    if entered < 0:
+                        continue
+                    os.close(directory)
+                    directory = entered
+                    levels.append(self._begin(directory, f"{level.name}/{below}"))
+                    continue
+                levels.pop()
+                if levels:
+                    directory = self._ascend(directory, levels[-1])
+        finally:
+            os.close(directory)
+
+    def _begin(self, directory: int, name: str) -> _Level:
+        """Pack a directory's own entry."""
+        found = os.fstat(directory)
+        self._add(self._describe(found, name))
+        names: list[str] = []
+        if found.st_dev not in self._pseudo:
+            try:
+                names = sorted(os.listdir(directory), reverse=True)
+            except OSError as exc:
+                raise self._explain(name, exc) from None
+        return _Level(found, name, names)
+
+    def _ascend(self, directory: int, level: _Level) -> int:
+        """Open the directory above, in place of the one that is open."""
+        above = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+        if not os.path.samestat(os.fstat(above), level.found):
+            os.close(above)
+            raise ArchiveError(f"{self._show(level.name)}: what is in it was moved while it was read")
+        os.close(directory)
+        return above
+
+    def _pack_below(self, directory: int, below: str, name: str) -> int:
+        """Pack what is not a directory, and return -1; or open the directory."""
+        try:
+            for _ in range(LINKS_LIMIT):
+                found = os.stat(below, dir_fd=directory, follow_symlinks=False)
+                try:
+                    if stat.S_ISDIR(found.st_mode):
+                        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                        return os.open(below, flags, dir_fd=directory)
+                    self._pack_other(directory, below, name, found)
+                    return -1
+                except OSError as exc:
+                    # Another file, a link for instance, has just taken its place: look again.
+                    if exc.errno not in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+                        raise
+            raise ArchiveError(f"{self._show(name)}: changes all the time")
+        except FileNotFoundError:  # it has gone
+            return -1
         except OSError as exc:
-            if exc.errno is not None:
-                raise
-            raise ArchiveError(f"{source}: became shorter while it was read") from None
+            raise self._explain(name, exc) from None
+
+    def _pack_other(self, directory: int, below: str, name: str, found: os.stat_result) -> None:
+        """Pack what is not a directory."""
+        if not stat.S_ISREG(found.st_mode):
+            target = os.readlink(below, dir_fd=directory) if stat.S_ISLNK(found.st_mode) else ""
+            if not stat.S_ISSOCK(found.st_mode):  # which has no place in an archive
+                self._add(self._describe(found, name, target))
+            return
+        if found.st_dev in self._pseudo:  # mounted over a file
+            return
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        with open(os.open(below, flags, dir_fd=directory), "rb", buffering=0) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))  # it was, a moment ago
+            info = self._describe(found, name)
+            if not info.isreg():
+                self._add(info)
+                return
+            with contextlib.suppress(OSError):  # it has none, or the file system does not know them
+                capability = os.getxattr(file.fileno(), "security.capability")
+                text = capability.decode("utf-8", "surrogateescape")
+                info.pax_headers = {**info.pax_headers, "SCHILY.xattr.security.capability": text}
+            try:
+                self._add(info, file)
+            except OSError as exc:
+                if exc.errno is None:  # tarfile's own
+                    raise ArchiveError(f"{self._show(name)}: became shorter while it was read") from None
+                raise self._explain(name, exc) from None
+
+    def _describe(self, found: os.stat_result, name: str, target: str = "") -> tarfile.TarInfo:
+        """The header of a member. Without the names of its owners, as Docker has it: the receiver's differ."""
+        import tarfile
+
+        info = tarfile.TarInfo(name)
+        info.mode, info.uid, info.gid = stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
+        info.mtime, fraction = divmod(found.st_mtime_ns, 1_000_000_000)
+        if fraction:  # exactly: a float has too few digits
+            seconds, fraction = divmod(abs(found.st_mtime_ns), 1_000_000_000)
+            sign = "-" if found.st_mtime_ns < 0 else ""
+            info.pax_headers = {"mtime": f"{sign}{seconds}.{fraction:09d}".rstrip("0")}
+        types = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFDIR: tarfile.DIRTYPE, stat.S_IFLNK: tarfile.SYMTYPE,
+                 stat.S_IFIFO: tarfile.FIFOTYPE, stat.S_IFCHR: tarfile.CHRTYPE,
+                 stat.S_IFBLK: tarfile.BLKTYPE}  # fmt: skip
+        info.type = types[stat.S_IFMT(found.st_mode)]
+        info.linkname = target
+        if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
+            key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            first = self._linked.setdefault(key, name)
+            if first != name:
+                info.type, info.linkname = tarfile.LNKTYPE, first
+        if info.isreg():
+            info.size = found.st_size
+        elif info.ischr() or info.isblk():
+            info.devmajor, info.devminor = os.major(found.st_rdev), os.minor(found.st_rdev)
+        return info
+
+    def _add(self, info: tarfile.TarInfo, file: IO[bytes] | None = None) -> None:
+        self._tar.addfile(info, file)
+        cast(Any, self._tar).members.clear()  # else it grows with every member
+
+    def _show(self, name: str) -> str:
+        """Where a member is, for messages."""
+        return os.path.join(self._path.removesuffix("/.").rstrip("/") or "/", *name.split("/")[1:])
+
+    def _explain(self, name: str, error: OSError) -> ArchiveError:
+        return _explain_path(self._show(name), error)
 
 
 class _TarInput:
@@ -4767,6 +4898,7 @@ class _TarInput:
         with self._changed:
             self._closed = True
             self._chunks.clear()
+            self._waiting = 0
             self._changed.notify()
 
     def consumed(self) -> int:
@@ -4796,6 +4928,60 @@ class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
+class _TarStream:
+    """The file that tarfile reads from: forwards only, and with a bound to what one header may hold."""
+
+    def __init__(self, source: _Readable) -> None:
+        self._source = source
+        self._buffer = b""
+        self._used = 0  # bytes of _buffer
+        self._position = 0
+        self._header_left = ARCHIVE_HEADER
+
+    def _fill(self) -> bool:
+        """Make sure that there is a byte in the buffer; False at the end."""
+        if self._used == len(self._buffer):
+            self._buffer, self._used = self._source.read(ARCHIVE_CHUNK), 0
+        return bool(self._buffer)
+
+    def is_empty(self) -> bool:
+        return not self._fill()
+
+    def begin_header(self) -> None:
+        """What is read up to end_header() is read into memory as a whole."""
+        self._header_left = ARCHIVE_HEADER
+
+    def end_header(self) -> None:
+        self._header_left = -1
+
+    def read(self, size: int) -> bytes:
+        """The next ``size`` bytes; fewer only at the end. Raises ArchiveError for a header without end."""
+        if self._header_left >= 0:
+            if size > self._header_left:
+                raise ArchiveError(f"not a tar archive: a header of more than {ARCHIVE_HEADER} bytes")
+            self._header_left -= size
+        parts = []
+        while size > 0 and self._fill():
+            part = self._buffer[self._used : self._used + size]
+            self._used += len(part)
+            size -= len(part)
+            parts.append(part)
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._position += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> None:
+        """Skip what lies between. Raises ArchiveError backwards, or if there is less."""
+        if position < self._position:
+            raise ArchiveError("not a tar archive: it contradicts itself")
+        while self._position < position:
+            if not self.read(min(position - self._position, ARCHIVE_CHUNK)):
+                raise ArchiveError("not a whole tar archive: unexpected end of data")
+
+
 class Unpacker:
     """Unpacks a tar stream into a directory.
 
@@ -4807,12 +4993,12 @@ class Unpacker:
     """
 
     def __init__(
-        self, path: str, no_overwrite_dir_non_dir: bool = False, copy_uid_gid: bool = False, rename: str = ""
+        self, path: str, no_overwrite_dir_non_dir: bool = False, no_owners: bool = False, rename: str = ""
     ) -> None:
         """Open the directory.
 
         Args:
-            no_overwrite_dir_non_dir, copy_uid_gid: see :class:`ArchivePut`.
+            no_overwrite_dir_non_dir, no_owners: see :class:`ArchivePut`.
             rename: takes the place of the first component of every name.
 
         Raises:
@@ -4821,13 +5007,16 @@ class Unpacker:
         self._path = clean_path(path)
         self._strict = no_overwrite_dir_non_dir
         self._rename = rename
-        self._owned = os.geteuid() == 0 and not copy_uid_gid  # only root can give a file away
-        self._directories: list[tuple[tuple[str, ...], tarfile.TarInfo]] = []  # their attributes are set last
+        self._owned = os.geteuid() == 0 and not no_owners  # only root can give a file away
+        self._directories: dict[tuple[str, ...], tarfile.TarInfo] = {}  # their attributes are set last
         self._made_links: set[tuple[int, int]] = set()  # device and inode
         self._parent: tuple[tuple[str, ...], int] = ((), -1)  # the directory that was last open
+        self._unnamed = os.path.isdir("/proc/self/fd")  # files may begin without a name, see _write_file()
         try:
-            self._root = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except NotADirectoryError:
+            self._root = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except NotADirectoryError as exc:
+            if not os.path.lexists(self._path):
+                raise _explain_path(self._path, exc) from None
             raise ArchiveError(f"{self._path}: not a directory", Reason.NOT_A_DIRECTORY) from None
         except OSError as exc:
             raise _explain_path(self._path, exc) from None
@@ -4839,64 +5028,80 @@ class Unpacker:
     def unpack(self, source: _Readable) -> None:
         """Unpack all of it.
 
+        As for Docker, nothing at all is an empty archive, and the zeros at the end may be missing.
+
         Raises:
             ArchiveError: naming the member, if it cannot be unpacked or leads out of the directory;
                 what came before it stays.
         """
-        import tarfile
-
+        stream = _TarStream(source)
         name = ""
         try:
-            with tarfile.open(fileobj=cast(IO[bytes], source), mode="r|", bufsize=ARCHIVE_CHUNK) as tar:
-                while (member := tar.next()) is not None:
-                    name = member.name
-                    self._unpack_one(tar, member)
-                    cast(Any, tar).members.clear()  # else it grows with every member
+            for member in self._members(stream):
+                name = member.name
+                self._unpack_one(stream, member)
             name = ""
+            self._finish_directories()
             while source.read(ARCHIVE_CHUNK):
                 pass  # padding
-        except tarfile.TarError as exc:
-            raise ArchiveError(f"not a whole tar archive: {exc}") from None
         except OSError as exc:
             what = os.path.join(self._path, name)
             raise ArchiveError(f"{what}: {(exc.strerror or str(exc)).lower()}") from None
+        except (ValueError, OverflowError) as exc:  # a NUL in a name, a number that no system call takes
+            raise ArchiveError(f"{name}: {exc}") from None
         finally:
-            self._finish_directories()
+            with contextlib.suppress(ArchiveError):  # there is an error already
+                self._finish_directories()
 
-    def _unpack_one(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    @staticmethod
+    def _members(stream: _TarStream) -> Iterator[tarfile.TarInfo]:
+        """All members, each to be dealt with before the next.
+
+        TarFile.next() would take a header that is damaged for the end of the archive.
+        """
+        import tarfile
+
+        if stream.is_empty():
+            return
+        errors = cast(Any, tarfile)
+        try:
+            tar = tarfile.TarFile(fileobj=cast(IO[bytes], stream), encoding="utf-8", errors="surrogateescape")
+            member = tar.next()
+            while member is not None:
+                stream.end_header()
+                yield member
+                cast(Any, tar).members.clear()  # else it grows with every member
+                stream.seek(cast(Any, tar).offset)
+                stream.begin_header()
+                member = tar.tarinfo.fromtarfile(tar)
+            stream.end_header()
+        except (errors.EOFHeaderError, errors.EmptyHeaderError):
+            return
+        except tarfile.TarError as exc:
+            raise ArchiveError(f"not a whole tar archive: {exc}") from None
+        except (ValueError, LookupError, OverflowError, RecursionError) as exc:  # of tarfile's, for a strange header
+            raise ArchiveError(f"not a tar archive: {exc}") from None
+
+    def _unpack_one(self, stream: _TarStream, member: tarfile.TarInfo) -> None:
         parts = self._split(member.name)
         if not parts:
-            if member.isdir():
-                self._directories.append(((), member))
-            return
+            if not member.isdir():
+                raise ArchiveError(f"{member.name}: names the directory itself, and is none")
+            return  # as for Docker, what is there keeps its mode and its owner
         parent, name = self._enter_parent(parts[:-1]), parts[-1]
         if member.isdir():
             self._make_directory(parent, name, parts, member)
             return
-        self._make_way(parent, name)
+        self._check_way(parent, name)
+        self._directories.pop(parts, None)
         if member.isreg():
-            self._write_file(parent, name, tar, member)
-            return
-        temporary = f".sockerless-{secrets.token_hex(8)}"
-        try:
-            if member.issym():
-                os.symlink(member.linkname, temporary, dir_fd=parent)
-                found = os.stat(temporary, dir_fd=parent, follow_symlinks=False)
-                self._made_links.add((found.st_dev, found.st_ino))
-            elif member.islnk():
-                self._link(member, parent, temporary)
-            elif member.isfifo() or member.isdev():
-                kind = stat.S_IFIFO if member.isfifo() else stat.S_IFCHR if member.ischr() else stat.S_IFBLK
-                os.mknod(temporary, kind | 0o600, os.makedev(member.devmajor, member.devminor), dir_fd=parent)
-            else:
-                raise ArchiveError(f"{member.name}: a member of an unknown type, {member.type!r}")
-            if not member.islnk():
-                self._set_attributes(temporary, parent, member)
-            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-        finally:
-            # rename(2) of a link to the same file does nothing, and leaves both.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=parent)
+            self._write_file(parent, name, stream, member)
+        elif member.islnk():
+            self._link(parent, name, member)
+        elif member.issym() or member.isfifo() or member.isdev():
+            self._make_node(parent, name, member)
+        else:
+            raise ArchiveError(f"{member.name}: a member of an unknown type, {member.type!r}")
 
     def _split(self, name: str) -> tuple[str, ...]:
         parts = tuple(part for part in name.split("/") if part not in ("", "."))
@@ -4906,12 +5111,14 @@ class Unpacker:
 
     def _enter_parent(self, parts: tuple[str, ...]) -> int:
         """The directory of a member, made if need be; stays open until the next one is asked for."""
-        if parts == self._parent[0] and self._parent[1] >= 0:
-            return self._parent[1]
+        open_parts, open_fd = self._parent
+        if parts == open_parts and open_fd >= 0:
+            return open_fd
+        below = open_fd >= 0 and parts[: len(open_parts)] == open_parts
+        fd = os.dup(open_fd if below else self._root)
         self._leave_parent()
-        fd = os.dup(self._root)
         try:
-            for part in parts:
+            for part in parts[len(open_parts) if below else 0 :]:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(part, 0o755, dir_fd=fd)
                 fd = self._enter(fd, part, [LINKS_LIMIT])
@@ -4929,51 +5136,62 @@ class Unpacker:
     def _enter(self, directory: int, name: str, links_left: list[int]) -> int:
         """Open a directory in another one, which is closed; not when that raises OSError or ArchiveError."""
         try:
-            entered = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            entered = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         except NotADirectoryError:  # what a link gives, too
-            link = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-            try:
-                target = self._read_link(name, link, links_left)
-            finally:
-                os.close(link)
-            entered = (
-                os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if target[0] == "/" else os.dup(directory)
-            )
-            try:
-                for part in target.split("/"):
-                    if part not in ("", "."):
-                        entered = self._enter(entered, part, links_left)
-            except BaseException:
-                os.close(entered)
-                raise
+            entered = self._follow(directory, self._read_link(directory, name, links_left), links_left)
         os.close(directory)
         return entered
 
-    def _read_link(self, name: str, link: int, links_left: list[int]) -> str:
-        found = os.fstat(link)
-        if not stat.S_ISLNK(found.st_mode):
-            raise ArchiveError(f"{os.path.join(self._path, name)}: not a directory", Reason.NOT_A_DIRECTORY)
-        if (found.st_dev, found.st_ino) in self._made_links:
-            raise ArchiveError(f"{name}: a link of this archive, which is not followed")
-        if found.st_uid not in (0, os.geteuid()):
-            raise ArchiveError(f"{name}: a link of another user's, which is not followed")
-        links_left[0] -= 1
-        if links_left[0] < 0:
-            raise ArchiveError(f"{name}: too many levels of symbolic links")
-        return os.readlink("", dir_fd=link)
-
-    def _make_way(self, parent: int, name: str) -> None:
-        """Nothing but a directory has to go before another file takes its place."""
+    def _follow(self, directory: int, target: str, links_left: list[int]) -> int:
+        """Open the directory that a link in ``directory`` leads to."""
+        entered = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if target[0] == "/" else os.dup(directory)
         try:
-            found = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        if stat.S_ISDIR(found.st_mode):
-            if self._strict:
-                raise ArchiveError(f"cannot overwrite directory {name!r} with non-directory")
+            for part in target.split("/"):
+                if part not in ("", "."):
+                    entered = self._enter(entered, part, links_left)
+        except BaseException:
+            os.close(entered)
+            raise
+        return entered
+
+    def _read_link(self, directory: int, name: str, links_left: list[int]) -> str:
+        link = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            found = os.fstat(link)
+            if not stat.S_ISLNK(found.st_mode):
+                raise ArchiveError(f"{os.path.join(self._path, name)}: not a directory")
+            if (found.st_dev, found.st_ino) in self._made_links:
+                raise ArchiveError(f"{name}: a link of this archive, which is not followed")
+            if found.st_uid not in (0, os.geteuid()):
+                raise ArchiveError(f"{name}: a link of another user's, which is not followed")
+            links_left[0] -= 1
+            if links_left[0] < 0:
+                raise ArchiveError(f"{name}: too many levels of symbolic links")
+            return os.readlink("", dir_fd=link)
+        finally:
+            os.close(link)
+
+    def _check_way(self, parent: int, name: str) -> None:
+        """Refuse what may not take a directory's place, before all of it has come."""
+        if self._strict:
+            with contextlib.suppress(FileNotFoundError):
+                found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+                if stat.S_ISDIR(found.st_mode):
+                    raise ArchiveError(f"cannot overwrite directory {name!r} with non-directory")
+
+    def _replace(self, parent: int, temporary: str, name: str) -> None:
+        """Give what is whole its name; what has that now is gone then."""
+        try:
+            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+        except IsADirectoryError:
+            self._check_way(parent, name)
             import shutil
 
-            shutil.rmtree(name, dir_fd=parent)
+            try:
+                shutil.rmtree(name, dir_fd=parent)
+            except RecursionError:
+                raise ArchiveError(f"{name}: the directory in its place is too deep to be removed") from None
+            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
     def _make_directory(self, parent: int, name: str, parts: tuple[str, ...], member: tarfile.TarInfo) -> None:
         try:
@@ -4985,85 +5203,202 @@ class Unpacker:
                     raise ArchiveError(f"cannot overwrite non-directory {name!r} with directory") from None
                 os.unlink(name, dir_fd=parent)
                 os.mkdir(name, 0o700, dir_fd=parent)
-        self._directories.append((parts, member))
+        self._directories[parts] = member
 
-    def _write_file(self, parent: int, name: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    def _write_file(self, parent: int, name: str, stream: _TarStream, member: tarfile.TarInfo) -> None:
         """Write a file that has no name until it is whole; where that cannot be, one that only we know."""
-        content = tar.extractfile(member)
-        assert content is not None
         temporary = f".sockerless-{secrets.token_hex(8)}"
-        named = False
-        try:
-            fd = os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=parent)
-        except OSError:  # the file system does not know it: EOPNOTSUPP, EISDIR
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(temporary, flags, 0o600, dir_fd=parent)
-            named = True
+        fd, named = self._open_new(parent, temporary)
         try:
             with open(fd, "wb", buffering=0) as file:
-                while data := content.read(ARCHIVE_CHUNK):
-                    view = memoryview(data)
-                    while view:
-                        view = view[file.write(view) :]
-                self._set_attributes(fd, parent, member)
+                self._write_content(file, stream, member)
+                self._set_attributes(fd, member)
                 if not named:
                     # open(2), O_TMPFILE: how such a file gets its name. link(2) replaces nothing, rename(2) does.
-                    os.link(f"/proc/self/fd/{fd}", temporary, dst_dir_fd=parent, follow_symlinks=True)
-                    named = True
-            os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+                    unnamed = f"/proc/self/fd/{fd}"
+                    try:
+                        os.link(unnamed, name, dst_dir_fd=parent, follow_symlinks=True)
+                        return
+                    except FileExistsError:
+                        os.link(unnamed, temporary, dst_dir_fd=parent, follow_symlinks=True)
+                        named = True
+            self._replace(parent, temporary, name)
         except BaseException:
             if named:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=parent)
             raise
 
-    def _link(self, member: tarfile.TarInfo, parent: int, temporary: str) -> None:
+    def _open_new(self, parent: int, temporary: str) -> tuple[int, bool]:
+        """A new file, and whether it has that name."""
+        if self._unnamed:
+            try:
+                return os.open(".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=parent), False
+            except OSError as exc:
+                if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+                    raise
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(temporary, flags, 0o600, dir_fd=parent), True
+
+    @staticmethod
+    def _write_content(file: io.FileIO, stream: _TarStream, member: tarfile.TarInfo) -> None:
+        if member.size < 0:
+            raise ArchiveError(f"{member.name}: a size below 0")
+        stream.seek(member.offset_data)
+        # The pieces of a sparse file stand one behind the other.
+        pieces: Sequence[tuple[int, int]] = cast(Any, member).sparse or [(0, member.size)]
+        end = 0
+        for offset, size in pieces:
+            if offset < end or size < 0 or offset + size > member.size:
+                raise ArchiveError(f"{member.name}: a sparse file that contradicts itself")
+            end = offset + size
+            file.seek(offset)
+            while size:
+                data = stream.read(min(size, ARCHIVE_CHUNK))
+                if not data:
+                    raise ArchiveError(f"{member.name}: not a whole tar archive: unexpected end of data")
+                size -= len(data)
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
+        if end < member.size or member.issparse():
+            file.truncate(member.size)
+
+    def _link(self, parent: int, name: str, member: tarfile.TarInfo) -> None:
         """A hard link to something below the directory; what is a link there is linked itself."""
         target = self._split(member.linkname)
         if not target:
             raise ArchiveError(f"{member.name}: a hard link to a directory")
+        temporary = f".sockerless-{secrets.token_hex(8)}"
         holder = os.dup(self._root)
         try:
             for part in target[:-1]:
                 holder = self._enter(holder, part, [LINKS_LIMIT])
-            os.link(target[-1], temporary, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)
+            try:
+                os.link(target[-1], name, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)
+                return
+            except FileExistsError:
+                os.link(target[-1], temporary, src_dir_fd=holder, dst_dir_fd=parent, follow_symlinks=False)
+            try:
+                self._replace(parent, temporary, name)
+            finally:
+                # rename(2) of a link to the same file does nothing, and leaves both.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=parent)
         except FileNotFoundError:
             raise ArchiveError(f"{member.name}: a hard link to {member.linkname}, which is not there") from None
         finally:
             os.close(holder)
 
-    def _set_attributes(self, target: int | str, parent: int, member: tarfile.TarInfo) -> None:
+    def _make_node(self, parent: int, name: str, member: tarfile.TarInfo) -> None:
+        """A symbolic link, a FIFO or a device."""
+        made = name
+        try:
+            self._make_bare_node(parent, made, member)
+        except FileExistsError:
+            made = f".sockerless-{secrets.token_hex(8)}"
+            self._make_bare_node(parent, made, member)
+        try:
+            node = os.open(made, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                found = os.fstat(node)
+                # Somebody else may have put something in its place, to be given it, or have its mode changed.
+                if stat.S_IFMT(found.st_mode) != self._node_type(member) or found.st_uid != os.geteuid():
+                    raise ArchiveError(f"{member.name}: replaced while it was made")
+                if member.issym():
+                    self._made_links.add((found.st_dev, found.st_ino))
+                self._set_attributes(node, member)
+            finally:
+                os.close(node)
+            if made != name:
+                self._replace(parent, made, name)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(made, dir_fd=parent)
+            raise
+
+    @staticmethod
+    def _node_type(member: tarfile.TarInfo) -> int:
+        if member.issym():
+            return stat.S_IFLNK
+        return stat.S_IFIFO if member.isfifo() else stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+
+    def _make_bare_node(self, parent: int, name: str, member: tarfile.TarInfo) -> None:
+        if member.issym():
+            os.symlink(member.linkname, name, dir_fd=parent)
+            return
+        device = 0 if member.isfifo() else os.makedev(member.devmajor, member.devminor)
+        os.mknod(name, self._node_type(member) | 0o600, device, dir_fd=parent)
+
+    def _set_attributes(self, fd: int, member: tarfile.TarInfo) -> None:
         """Owner, mode, extended attributes and times, in this order: each may undo one before it."""
-        at: dict[str, Any] = {} if isinstance(target, int) else {"dir_fd": parent, "follow_symlinks": False}
+        # What is open for its path alone takes these only so. There is no link to follow behind it, either: see
+        # proc_pid_fd(5).
+        target: int | str = fd if member.isreg() else f"/proc/self/fd/{fd}"
         if self._owned:
-            os.chown(target, member.uid, member.gid, **at)
-        if isinstance(target, int):
-            os.fchmod(target, member.mode & 0o7777)
+            if not (0 <= member.uid < NOBODY_AT_ALL and 0 <= member.gid < NOBODY_AT_ALL):
+                raise ArchiveError(f"{member.name}: no user can have the number {member.uid}, or no group {member.gid}")
+            os.chown(target, member.uid, member.gid)
+        if not member.issym():
+            os.chmod(target, self._mode_of(fd, member))
+        if member.isreg() or member.isdir():
             for key, value in member.pax_headers.items():
                 if key.startswith("SCHILY.xattr."):
                     # Those that the file system, or the kernel for this user, does not take.
                     with contextlib.suppress(OSError):
                         name = key.removeprefix("SCHILY.xattr.")
                         os.setxattr(target, name, value.encode("utf-8", "surrogateescape"))
-        elif not member.issym():
-            os.chmod(target, member.mode & 0o7777, dir_fd=parent)
-        moment = int(float(member.mtime) * 1e9)
-        os.utime(target, ns=(moment, moment), **at)
+        moment = _mtime_of(member)
+        os.utime(target, ns=(moment, moment))
+
+    @staticmethod
+    def _mode_of(fd: int, member: tarfile.TarInfo) -> int:
+        """Its mode; what runs as its owner must not come to run as another one."""
+        mode = member.mode & 0o7777
+        if not member.isdir():
+            found = os.fstat(fd)
+            if found.st_uid != member.uid:
+                mode &= ~stat.S_ISUID
+            if found.st_gid != member.gid:
+                mode &= ~stat.S_ISGID
+        return mode
 
     def _finish_directories(self) -> None:
         """Give directories their attributes, the deepest first: what was put into them has changed their times."""
         self._leave_parent()
-        for parts, member in reversed(self._directories):
+        finishing, self._directories = self._directories, {}
+        failure: ArchiveError | None = None
+        for parts, member in sorted(finishing.items(), key=lambda item: -len(item[0])):
             fd = os.dup(self._root)
             try:
                 for part in parts:
                     fd = self._enter(fd, part, [LINKS_LIMIT])
-                self._set_attributes(fd, -1, member)
-            except (OSError, ArchiveError) as exc:  # somebody has moved it; the archive's own files are there
-                log.warning("archive: cannot finish the directory %s: %s", member.name, exc)
+                self._set_attributes(fd, member)
+            except ArchiveError as exc:
+                failure = failure or exc
+            except OSError as exc:
+                failure = failure or ArchiveError(f"{member.name}: {(exc.strerror or str(exc)).lower()}")
+            except (ValueError, OverflowError) as exc:  # as in unpack()
+                failure = failure or ArchiveError(f"{member.name}: {exc}")
             finally:
                 os.close(fd)
-        self._directories.clear()
+        if failure is not None:
+            raise failure
+
+
+_PAX_TIME = re.compile(r"(-?)(\d{1,12})(?:\.(\d*))?")
+
+
+def _mtime_of(member: tarfile.TarInfo) -> int:
+    """A member's time in nanoseconds, exactly: tarfile makes a float of it."""
+    text = member.pax_headers.get("mtime")
+    if text is None:
+        return int(member.mtime) * 1_000_000_000
+    match = _PAX_TIME.fullmatch(text)
+    if match is None:
+        raise ArchiveError(f"{member.name}: not a time: {text[:80]!r}")
+    moment = int(match[2]) * 1_000_000_000 + int((match[3] or "")[:9].ljust(9, "0"))
+    return -moment if match[1] else moment
 
 
 class ArchiveSession:
@@ -5106,7 +5441,7 @@ class ArchiveSession:
         self._input.close()
 
     def _unpack(self, request: ArchivePut) -> None:
-        unpacker = Unpacker(request.path, request.no_overwrite_dir_non_dir, request.copy_uid_gid)
+        unpacker = Unpacker(request.path, request.no_overwrite_dir_non_dir, request.no_owners)
         try:
             unpacker.unpack(self._input)
         finally:

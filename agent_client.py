@@ -715,12 +715,12 @@ class AgentConn:
         return self._start_archive(ArchiveGet(self.new_id(), path))
 
     def archive_put(
-        self, path: str, *, no_overwrite_dir_non_dir: bool = False, copy_uid_gid: bool = False
+        self, path: str, *, no_overwrite_dir_non_dir: bool = False, no_owners: bool = False
     ) -> AgentProcess:
         """Unpack a tar archive into the directory ``path``: write it to ``stdin``, close that, and wait().
 
         Args:
-            no_overwrite_dir_non_dir, copy_uid_gid: see :class:`agent.ArchivePut`.
+            no_overwrite_dir_non_dir, no_owners: see :class:`agent.ArchivePut`.
 
         Raises:
             SessionError: if the agent speaks version 1 only. What else is wrong, wait() raises, with reason
@@ -728,7 +728,7 @@ class AgentConn:
             ConnectionLost: if the connection has ended.
         """
         request = ArchivePut(
-            self.new_id(), path, no_overwrite_dir_non_dir=no_overwrite_dir_non_dir, copy_uid_gid=copy_uid_gid
+            self.new_id(), path, no_overwrite_dir_non_dir=no_overwrite_dir_non_dir, no_owners=no_owners
         )
         return self._start_archive(request)
 
@@ -3257,12 +3257,12 @@ def _copy_in(conn: AgentConn, options: argparse.Namespace) -> None:
     target = _Place(options.target, conn)
     if options.source == "-":
         progress = _Progress(options.quiet, None)
-        process = conn.archive_put(target.path, copy_uid_gid=False)
+        process = conn.archive_put(target.path, no_owners=False)
         feed: Callable[[Callable[[bytes], None]], None] = functools.partial(_pour, sys.stdin.buffer)
     else:
         path, directory, name = _plan_copy(_resolve(options, conn), target)
         progress = _Progress(options.quiet, _tree_size(path) if sys.stderr.isatty() else None)
-        process = conn.archive_put(directory, no_overwrite_dir_non_dir=True, copy_uid_gid=not options.archive)
+        process = conn.archive_put(directory, no_overwrite_dir_non_dir=True, no_owners=not options.archive)
         feed = functools.partial(pack, path, name=name)
     counted = _Counted(process.stdin, progress)
     try:
