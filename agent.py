@@ -3591,6 +3591,7 @@ class Runtime:
     reaper: Reaper
     terminals: TerminalPump
     endings: Endings = dataclasses.field(default_factory=Endings)
+    archives: Endings = dataclasses.field(default_factory=Endings)  # those that are packed or unpacked
 
     def end_later(self, children: Sequence[Child]) -> None:
         """End what these children started, without waiting for it."""
@@ -4162,17 +4163,18 @@ class DetachedCommand(LoggedProcess):
         return state | super().describe()
 
     def _on_finished(self, code: int) -> None:
-        super()._on_finished(code)
         log.info("detached command ended: exit code %d", code, extra={"session": self.id})
-        self._on_end()
+        self._on_end()  # before anybody hears of it: its id and its place are free
+        super()._on_finished(code)
 
 
 class DetachedCommands:
-    """The detached commands by id: all that run, and the last DETACHED_KEPT that have ended."""
+    """The detached commands by id: all that run, and the DETACHED_KEPT that have ended last."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _commands
-        self._commands: dict[str, DetachedCommand] = {}  # oldest first
+        self._lock = threading.Lock()  # guards the attributes below
+        self._commands: dict[str, DetachedCommand] = {}
+        self._ended: dict[DetachedCommand, None] = {}  # those of them that have ended, the first to end first
 
     def add(self, command: DetachedCommand) -> None:
         """Take in a command that is about to start.
@@ -4182,13 +4184,19 @@ class DetachedCommands:
         """
         with self._lock:
             before = self._commands.get(command.id)
-            if before is not None and not before.finished.is_set():
+            if before is not None and before not in self._ended:
                 raise LookupError(f"a detached command has the id {command.id[:80]!r}")
-            self._commands.pop(command.id, None)
+            if before is not None:
+                del self._ended[before]
             self._commands[command.id] = command
-            ended = [known for known in self._commands.values() if known.finished.is_set()]
-            for known in ended[:-DETACHED_KEPT]:
-                del self._commands[known.id]
+
+    def end(self, command: DetachedCommand) -> None:
+        """It has ended: keep it, and let go of the one that has ended first, if there are too many."""
+        with self._lock:
+            self._ended[command] = None
+            if len(self._ended) > DETACHED_KEPT:
+                oldest = next(iter(self._ended))
+                del self._ended[oldest], self._commands[oldest.id]
 
     def remove(self, command: DetachedCommand) -> None:
         """Its start has failed."""
@@ -4466,7 +4474,7 @@ class DetachingSession:
         self._on_end = on_end
         self._runtime = runtime
         self._commands = commands
-        self._command = DetachedCommand(runtime, request, on_end)
+        self._command = DetachedCommand(runtime, request, self._ended)
         commands.add(self._command)
 
     def run(self) -> None:
@@ -4492,6 +4500,10 @@ class DetachingSession:
 
     def consumed(self) -> int:
         return 0
+
+    def _ended(self) -> None:
+        self._commands.end(self._command)
+        self._on_end()
 
     def write(self, data: bytes) -> None:
         text = "stdin: a detached command has none from here: attach to it"
@@ -5404,7 +5416,7 @@ def _mtime_of(member: tarfile.TarInfo) -> int:
 class ArchiveSession:
     """A tar stream out of the container or into it, as a session of version 2."""
 
-    def __init__(self, host: SessionHost, request: ArchiveGet | ArchivePut, stdin_limit: int) -> None:
+    def __init__(self, runtime: Runtime, host: SessionHost, request: ArchiveGet | ArchivePut) -> None:
         self.id = request.id
         self.host = host
         self.channel = host.open_channel(request.id)
@@ -5412,12 +5424,20 @@ class ArchiveSession:
         self.tie.flow.connect(self.channel)
         self.started_at = time.time()
         self._request = request
-        self._stdin_limit = stdin_limit
+        self._runtime = runtime
         self._input = _TarInput(self._consumed)
         self._told = 0  # bytes of stdin that have been acknowledged; the archive thread's alone
 
     def run(self) -> None:
         """Pack or unpack, in a pool thread."""
+        self._runtime.archives.begin()
+        try:
+            self._pack_or_unpack()
+        finally:
+            self._input.close()
+            self._runtime.archives.finish()
+
+    def _pack_or_unpack(self) -> None:
         self.tie.flow.begin(Started(self.id, 0, self.tie.secret))
         request = self._request
         extra = {"session": self.id}
@@ -5438,7 +5458,6 @@ class ArchiveSession:
             self.tie.flow.finish(Error(self.id, f"unexpected error: {exc}", Reason.ARCHIVE_FAILED))
         else:
             self.tie.flow.finish(Exit(self.id, 0))
-        self._input.close()
 
     def _unpack(self, request: ArchivePut) -> None:
         unpacker = Unpacker(request.path, request.no_overwrite_dir_non_dir, request.no_owners)
@@ -5462,8 +5481,9 @@ class ArchiveSession:
 
     def write(self, data: bytes) -> None:
         self.tie.received += len(data)
-        if self._input.feed(data) > self._stdin_limit:
-            text = f"stdin: more than {self._stdin_limit} bytes are waiting"
+        limit = self._runtime.config.stdin_limit
+        if self._input.feed(data) > limit:
+            text = f"stdin: more than {limit} bytes are waiting"
             self.host.send(Error(self.id, text, Reason.ARCHIVE_FAILED))
             self.end()
 
@@ -5478,10 +5498,8 @@ class ArchiveSession:
         """There is no terminal."""
 
     def end(self) -> None:
-        if self.tie.flow.finished:
-            self.host.forget(self)
-        else:
-            self.leave()
+        self.leave()
+        self.host.forget(self)
 
     def leave(self) -> Child | None:
         self._input.close()
@@ -5695,7 +5713,9 @@ def _owner_of(process: _ProcessInfo, children: Mapping[bytes, str], leaders: Map
 def _assign(processes: Sequence[_ProcessInfo], children: Mapping[str, Child]) -> dict[int, str]:
     """The owner of each process that has one, its ancestors' if it does not say so itself; see find_processes()."""
     cookies = {child.cookie: key for key, child in children.items()}
-    leaders = {child.pid: key for key, child in children.items()}
+    # While a session has members, the number of its leader that ended is no new process's.
+    living = {process.pid for process in processes}
+    leaders = {child.pid: key for key, child in children.items() if child.returncode is None or child.pid not in living}
     owners = {
         process.pid: owner for process in processes if (owner := _owner_of(process, cookies, leaders)) is not None
     }
@@ -5712,7 +5732,10 @@ def _assign(processes: Sequence[_ProcessInfo], children: Mapping[str, Child]) ->
 
 @dataclasses.dataclass(slots=True)
 class _Usage:
-    """The sum over some processes. Those that cannot be read, another user's for one, count as far as they can be."""
+    """The sum over some processes. Those that cannot be read, another user's for one, count as far as they can be.
+
+    The CPU time is theirs and that of the children which they have waited for.
+    """
 
     processes: int = 0
     cpu_seconds: float = 0.0
@@ -5727,10 +5750,11 @@ class _Usage:
 
         self.processes += 1
         times = process.cpu_times()
-        self.cpu_seconds += times.user + times.system
+        self.cpu_seconds += times.user + times.system + times.children_user + times.children_system
         self.memory += process.memory_info().rss
         self.threads += process.num_threads()
-        with contextlib.suppress(psutil.AccessDenied):
+        # AttributeError: a kernel that does not count I/O. RuntimeError: so psutil says that it has just ended.
+        with contextlib.suppress(psutil.AccessDenied, AttributeError, RuntimeError):
             self.fds += process.num_fds()
             counters = process.io_counters()
             self.read_bytes += counters.read_bytes
@@ -5766,7 +5790,8 @@ def _describe_container(everything: _Usage) -> dict[str, Any]:
     if memory is not None:
         state["memory"] = memory
     limit = _read_number(f"{CGROUP}/memory.max")
-    state["memory_limit"] = limit if limit is not None else psutil.virtual_memory().total
+    total = psutil.virtual_memory().total
+    state["memory_limit"] = min(limit, total) if limit is not None else total
     with contextlib.suppress(OSError, ValueError), open(f"{CGROUP}/cpu.stat", encoding="ascii") as file:
         state["cpu_seconds"] = int(dict(line.split() for line in file)["usage_usec"]) / 1e6
     whole = psutil.cpu_times()
@@ -6274,7 +6299,7 @@ class SessionRegistry:
         message = self.health_message()
         for peer in self.peers():
             if peer.version == 2:
-                peer.send(message)
+                peer.push_health(message)
 
     def park(self, session: FlowSession, channel: Channel, window: float, end: Callable[[Child], None]) -> None:
         """A session's connection has ended: keep it for ``window`` seconds, unless another connection has it already.
@@ -6402,6 +6427,13 @@ class SessionRegistry:
                 if child is not None:
                     end(child)
 
+    def abandon_parked(self) -> None:
+        """Leave every session that has no connection, for the agent's end."""
+        with self._lock:
+            sessions = list(self._parked)
+        for session in sessions:
+            session.leave()
+
     def take_place(self) -> None:
         """Count one more session.
 
@@ -6450,6 +6482,7 @@ class Peer:
         self._ended_ids: dict[str, None] = {}  # the latest, oldest first
         self._calls: collections.deque[GetStats | ArchiveStat] = collections.deque()  # the first is being answered
         self.started = 0  # sessions so far; the connection thread's alone
+        self._health = Channel(connection.outbox, "health")  # changes of it; used by the checking thread alone
         registry.add(self)
 
     def serve(self) -> None:
@@ -6523,6 +6556,11 @@ class Peer:
     def send(self, message: Event) -> None:
         self._connection.outbox.send(message)
 
+    def push_health(self, message: Health) -> None:
+        """Send it in place of one that waits: who does not read has the last word alone to come."""
+        self._health.discard()
+        self._health.send(message)
+
     # What the peer asks for.
 
     def _receive(self, message: str | bytes) -> None:
@@ -6580,11 +6618,12 @@ class Peer:
 
     def _answer(self, call: Call) -> None:
         """Answer at once, or where that takes system calls without end, in a pool thread: one at a time."""
-        if isinstance(call, ListSessions):
-            self.send(Sessions(self._registry.describe_sessions(), call.id))
-            return
-        if isinstance(call, GetHealth):
-            self.send(self._registry.health_message(call.id))
+        if isinstance(call, ListSessions | GetHealth):
+            if isinstance(call, ListSessions):
+                self.send(Sessions(self._registry.describe_sessions(), call.id))
+            else:
+                self.send(self._registry.health_message(call.id))
+            self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)  # as in _refuse()
             return
         with self._lock:
             start = not self._calls
@@ -6614,6 +6653,7 @@ class Peer:
             except Exception as exc:
                 log.exception("cannot answer", extra={"peer": self.name})
                 self.send(Error(call.id, f"unexpected error: {exc}", Reason.UNAVAILABLE))
+            self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)  # meanwhile no more than CALLS_LIMIT are taken
             with self._lock:
                 self._calls.popleft()
                 if not self._calls:
@@ -6626,9 +6666,11 @@ class Peer:
 
     def _park(self, session: Session) -> None:
         """Whoever had the session, behind the listener that this peer is, has left it."""
+        if isinstance(session, DetachingSession):
+            return  # it lives on by itself
         resumable = cast(FlowSession, session)
         window = self._runtime.config.resume_window
-        if window and not isinstance(session, DetachingSession):
+        if window:
             self.drop(session)
             self._registry.park(resumable, resumable.channel, window, self._end_child)
         else:
@@ -6782,7 +6824,7 @@ class Peer:
 
     def _make_session(self, request: Opening) -> ExecSession | AttachSession | DetachingSession | ArchiveSession:
         if isinstance(request, ArchiveGet | ArchivePut):
-            return ArchiveSession(self, request, self._runtime.config.stdin_limit)
+            return ArchiveSession(self._runtime, self, request)
         if isinstance(request, Attach):
             target: LoggedProcess | None = self._main
             if request.session:
@@ -7450,6 +7492,8 @@ class Agent:
             self._main.end(0)
         for peer in peers:
             peer.abandon()
+        self._registry.abandon_parked()
+        self._runtime.archives.wait(LINGER)  # where a file has a name from its beginning, it is removed
         # Daemons whose command or connection has ended before, too.
         end_processes(None, self._config.kill_timeout)
         closing = [threading.Thread(target=peer.close, args=(CloseCode.GOING_AWAY, "agent ends")) for peer in peers]
