@@ -4740,6 +4740,8 @@ class _Packer:
 
     def pack(self, top: os.stat_result, name: str) -> None:
         """Raises OSError or ArchiveError."""
+        if stat.S_ISSOCK(top.st_mode):
+            raise ArchiveError(f"{self._path}: a socket, which has no place in an archive")
         if not stat.S_ISDIR(top.st_mode):
             parent = os.open(os.path.dirname(self._path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -5261,6 +5263,8 @@ class Unpacker:
         pieces: Sequence[tuple[int, int]] = cast(Any, member).sparse or [(0, member.size)]
         end = 0
         for offset, size in pieces:
+            if not size:  # as unused places of the header are, too
+                continue
             if offset < end or size < 0 or offset + size > member.size:
                 raise ArchiveError(f"{member.name}: a sparse file that contradicts itself")
             end = offset + size

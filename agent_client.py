@@ -3136,7 +3136,12 @@ def _size(count: float) -> str:
 
 
 class _Place:
-    """SRC or DST of ``cp``: a path here, or in the container."""
+    """SRC or DST of ``cp``: a path here, or in the container.
+
+    Attributes:
+        path: what is meant; a slash or ``/.`` at its end is kept.
+        name: its last component, which a copy keeps; "" for all that the directory holds.
+    """
 
     def __init__(self, text: str, conn: AgentConn) -> None:
         self.remote = text.startswith(":")
@@ -3144,9 +3149,10 @@ class _Place:
         self._conn = conn
         if not self.path:
             raise ClientError("cp: an empty path")
-        if not self.remote:
-            ending = "/." if text.endswith("/.") else "/" if text.endswith("/") else ""
-            self.path = os.path.abspath(text).rstrip("/") + ending or "/"
+        ending = "/." if self.path.endswith("/.") or self.path == "." else "/" if self.path.endswith("/") else ""
+        whole = os.path.normpath("/" + self.path.lstrip("/")) if self.remote else os.path.abspath(self.path)
+        self.path = whole.rstrip("/") + ending or "/"
+        self.name = "" if ending == "/." else os.path.basename(whole)
 
     def stat(self, path: str = "") -> dict[str, Any] | None:
         """What is there, see agent.stat_path(); None if there is nothing."""
@@ -3161,14 +3167,18 @@ class _Place:
                 return None
             raise
 
+    def follow_link(self) -> None:
+        """Mean what a link at the end of the path leads to, be it there or not. The name stays."""
+        found = self.stat()
+        if found is not None and found["linkTarget"]:
+            self.path = found["linkTarget"]
+
+    def without_ending(self) -> str:
+        return self.path.removesuffix("/.").rstrip("/") or "/"
+
     def is_directory(self) -> bool:
         """Whether a directory is there, or a link to one."""
-        return self.stat(self.path.rstrip("/").removesuffix("/.") + "/.") is not None
-
-    def split(self) -> tuple[str, str]:
-        """The directory that it is in, and its name there."""
-        head, name = os.path.split(self.path.rstrip("/"))
-        return head or "/", name
+        return self.stat(self.without_ending().rstrip("/") + "/.") is not None
 
 
 def _plan_copy(source: _Place, target: _Place) -> tuple[str, str, str]:
@@ -3182,17 +3192,30 @@ def _plan_copy(source: _Place, target: _Place) -> tuple[str, str, str]:
     found = source.stat()
     if found is None:
         raise ClientError(f"cp: {source.path}: no such file or directory")
-    is_directory = found["mode"] >> 31 & 1
+    is_directory = _is_directory(found)
     if target.is_directory():
-        return source.path, target.path, ""
-    exists = target.stat(target.path.rstrip("/")) is not None
-    if target.path.endswith("/") and not is_directory:
-        fault = "not a directory" if exists else "no such directory"
-        raise ClientError(f"cp: {target.path}: {fault}")
-    if exists and is_directory:
+        return source.path, target.path, source.name
+    asserted = target.path.endswith(("/", "/."))
+    target.path = target.without_ending()
+    target.follow_link()
+    there = target.stat()
+    if asserted and (there is not None or not is_directory):
+        raise ClientError(f"cp: {target.path}/: {'no such directory' if there is None else 'not a directory'}")
+    if there is not None and is_directory:
         raise ClientError(f"cp: {target.path}: cannot copy a directory over a file")
-    parent, name = target.split()
+    if there is not None and there["mode"] & GO_SPECIAL:
+        raise ClientError(f"cp: {target.path}: not a regular file, and not replaced by one")
+    parent, name = os.path.split(target.path)
     return source.path.removesuffix("/.") or "/", parent, name
+
+
+# Of Go's os.FileMode, which a state has for a mode: directory; device, FIFO and socket.
+GO_DIRECTORY = 1 << 31
+GO_SPECIAL = 1 << 26 | 1 << 25 | 1 << 24
+
+
+def _is_directory(found: Mapping[str, Any]) -> bool:
+    return bool(found["mode"] & GO_DIRECTORY)
 
 
 class _Progress:
@@ -3247,9 +3270,7 @@ def _run_cp(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 def _resolve(options: argparse.Namespace, conn: AgentConn) -> _Place:
     source = _Place(options.source, conn)
     if options.follow_link:
-        found = source.stat()
-        if found is not None and found["linkTarget"]:
-            source.path = found["linkTarget"]
+        source.follow_link()
     return source
 
 
@@ -3257,7 +3278,7 @@ def _copy_in(conn: AgentConn, options: argparse.Namespace) -> None:
     target = _Place(options.target, conn)
     if options.source == "-":
         progress = _Progress(options.quiet, None)
-        process = conn.archive_put(target.path, no_owners=False)
+        process = conn.archive_put(target.path, no_overwrite_dir_non_dir=True)
         feed: Callable[[Callable[[bytes], None]], None] = functools.partial(_pour, sys.stdin.buffer)
     else:
         path, directory, name = _plan_copy(_resolve(options, conn), target)
@@ -3284,13 +3305,14 @@ def _copy_out(conn: AgentConn, options: argparse.Namespace) -> None:
         path, directory, name = source.path, "", ""
     else:
         path, directory, name = _plan_copy(source, _Place(options.target, conn))
-    found = source.stat() or {}
-    is_file = not found.get("mode", 0) >> 31 & 1
-    progress = _Progress(options.quiet, found.get("size") if is_file else None)
+    found = source.stat()
+    total = found["size"] if found is not None and not _is_directory(found) else None
+    progress = _Progress(options.quiet, total)
     process = conn.archive_get(path)
     counted = _Counted(process.stdout, progress)
     try:
         if directory:
+            # With the name that is asked for: an agent that sends another one replaces nothing else here.
             unpacker = Unpacker(directory, True, not options.archive, name)
             with contextlib.closing(unpacker):
                 unpacker.unpack(counted)
