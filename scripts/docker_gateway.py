@@ -65,9 +65,11 @@ from agent import (
     close_listener,
     open_listener,
     parse_address,
+    parse_duration,
     parse_signal,
 )
 from agent_client import (
+    RESUME_PATIENCE,
     AgentConn,
     AgentProcess,
     ClientError,
@@ -96,6 +98,7 @@ LINGER = 5.0  # seconds that a client has to close a hijacked connection after t
 KEPT_EXECS = 4096  # of which those that have ended, or never began, are forgotten first
 KEPT_EVENTS = 256  # as many as dockerd keeps for "since"
 STOP_TIMEOUT = 10  # seconds from SIGTERM to SIGKILL, as docker stop has it
+SINCE_NOW = 2.0  # seconds in which a "since" still means now: clients cut a time to whole seconds
 STATS_INTERVAL = 1.0  # seconds, as dockerd has it
 DETACH_KEYS = b"\x10\x11"  # Ctrl-P Ctrl-Q
 NEVER = "0001-01-01T00:00:00Z"  # Go's zero time
@@ -759,10 +762,11 @@ def main_process(entry: Mapping[str, Any]) -> MainProcess:
 class Dialler:
     """Keeps one agent in server mode connected, in a thread of its own."""
 
-    def __init__(self, container: Container, addr: str, token: str | None) -> None:
+    def __init__(self, container: Container, addr: str, token: str | None, patience: float) -> None:
         self._container = container
         self._addr = addr
         self._token = token
+        self._patience = patience  # seconds for which sessions wait for a lost connection
         self._stopping = threading.Event()
         self._conn: WatchedConn | None = None  # the thread's, until it has ended
         self._thread = threading.Thread(target=self._run, name=f"dial {container.name}", daemon=True)
@@ -794,7 +798,7 @@ class Dialler:
 
     def _stay_connected(self) -> None:
         """Connect, and return once the connection is lost for good."""
-        with WatchedConn.dial(self._addr, self._token) as conn:
+        with WatchedConn.dial(self._addr, self._token, patience=self._patience) as conn:
             assert isinstance(conn, WatchedConn)
             self._conn = conn
             monitor = Monitor(self._container, conn, self._addr)
@@ -816,23 +820,23 @@ class ExecCommand:
     """A command that was created with ``exec``, from then until it is forgotten."""
 
     def __init__(self, container: Container, options: Mapping[str, Any]) -> None:
-        cmd = options.get("Cmd")
+        cmd = options.get("cmd")
         if not isinstance(cmd, list) or not cmd or not all(isinstance(word, str) for word in cmd):
             raise BadParameter("No exec command specified")
-        if options.get("Privileged"):
+        if options.get("privileged"):
             raise NotSupported("--privileged: an agent gives a command no more rights than it has itself")
         self.container = container
         self.id = secrets.token_hex(32)
         self.cmd: tuple[str, ...] = tuple(cmd)
         # A name without a value is to be unset; an agent only adds variables.
-        self.env = tuple(str(item) for item in options.get("Env") or () if "=" in str(item))
-        self.workdir = str(options.get("WorkingDir") or "")
-        self.user = str(options.get("User") or "")
-        self.tty = bool(options.get("Tty"))
-        self.stdin = bool(options.get("AttachStdin"))
-        self.stdout = bool(options.get("AttachStdout"))
-        self.stderr = bool(options.get("AttachStderr"))
-        self.detach_text = str(options.get("DetachKeys") or "")
+        self.env = tuple(str(item) for item in options.get("env") or () if "=" in str(item))
+        self.workdir = str(options.get("workingdir") or "")
+        self.user = str(options.get("user") or "")
+        self.tty = bool(options.get("tty"))
+        self.stdin = bool(options.get("attachstdin"))
+        self.stdout = bool(options.get("attachstdout"))
+        self.stderr = bool(options.get("attachstderr"))
+        self.detach_text = str(options.get("detachkeys") or "")
         self.detach_keys = parse_detach_keys(self.detach_text)
         self.size = console_size(options)
         self._lock = threading.Lock()  # guards the attributes below
@@ -907,7 +911,7 @@ class ExecCommand:
 
 def console_size(options: Mapping[str, Any]) -> tuple[int, int] | None:
     """Columns and rows of a ``ConsoleSize``, which has rows first."""
-    size = options.get("ConsoleSize")
+    size = options.get("consolesize")
     if not size:
         return None
     try:
@@ -1253,7 +1257,11 @@ class Call:
             raise BadParameter(f"invalid value for {name!r}: {self.query[name]!r}") from None
 
     def json(self) -> dict[str, Any]:
-        """The body. Raises BadParameter if it is no JSON object."""
+        """The body, its names in lower case: Go takes them in any, and clients count on that.
+
+        Raises:
+            BadParameter: if it is no JSON object.
+        """
         data = bytearray()
         while part := self.body.read(CHUNK):
             data += part
@@ -1265,7 +1273,7 @@ class Call:
             raise BadParameter(f"invalid JSON: {exc}") from None
         if not isinstance(value, dict):
             raise BadParameter("invalid JSON: an object is wanted")
-        return value
+        return {name.lower(): item for name, item in value.items()}
 
     # What is answered.
 
@@ -1287,6 +1295,7 @@ class Call:
         chunked = self.handler.request_version != "HTTP/1.0"
         length = {"Transfer-Encoding": "chunked"} if chunked else {"Connection": "close"}
         self._head(http.HTTPStatus.OK, {"Content-Type": content_type, **length, **(headers or {})})
+        log.debug("stream %s %s", self.handler.command, self.handler.path)
         return Answer(self.handler, chunked)
 
     def until_gone(self, callback: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
@@ -1358,6 +1367,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def serve(self) -> None:
         """Answer one request."""
         call: Call | None = None
+        log.debug("begin %s %s", self.command, self.path)
         try:
             call = self._read_call()
             self.server.dispatch(call, self.command, self._path)
@@ -1373,6 +1383,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._fail(call, http.HTTPStatus.INTERNAL_SERVER_ERROR, "unexpected error, see the gateway's log")
         if call is None or not call.body.complete:
             self.close_connection = True
+        log.debug("end %s %s", self.command, self.path)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = serve
 
@@ -2082,13 +2093,13 @@ def replay_is_wanted(call: Call, main: MainProcess) -> bool:
     """Whether ``since`` and ``until`` ask for what was written up to now. Raises NotSupported for a part of it."""
     now = time.time()
     since, until = parse_time(call.text("since"), "since"), parse_time(call.text("until"), "until")
-    if until is not None and until < now - 1:
+    if until is not None and until < now - SINCE_NOW:
         if until <= main.started_at:
             return False
         raise NotSupported("logs --until: an agent keeps its output without times")
     if since is None or since <= main.started_at:
         return True
-    if since >= now - 1:
+    if since >= now - SINCE_NOW:
         return False
     raise NotSupported(
         "logs --since: an agent keeps its output without times; it can be a time before its start, or 0s"
@@ -2141,7 +2152,7 @@ def last_lines(
 ) -> Sequence[tuple[Stream, bytes]]:
     """The last ``count`` lines, over the streams together as the log has them."""
     kept = [(stream, data) for stream, data in pieces if stream in streams]
-    missing = count + (1 if kept and not kept[-1][1].endswith(b"\n") else 0)
+    missing = count
     # Backwards to the line feed before the first line that is wanted.
     for index in range(len(kept) - 1, -1, -1):
         stream, data = kept[index]
@@ -2235,7 +2246,7 @@ def start_exec(call: Call, exec_id: str) -> None:
     command.size = console_size(options) or command.size
     command.take()
     try:
-        if options.get("Detach"):
+        if options.get("detach"):
             start_detached(call, command, conn)
         else:
             start_attached(call, command, conn)
@@ -2352,7 +2363,9 @@ def cpu_words(process: Mapping[str, Any]) -> str:
 
 
 def command_words(process: Mapping[str, Any]) -> str:
-    return " ".join(process["cmd"]) or f"[{process.get('name') or '?'}]"
+    words = " ".join(process["cmd"]) or f"[{process.get('name') or '?'}]"
+    # As ps shows what would break a line, or command a terminal.
+    return "".join(character if character.isprintable() else "?" for character in words)
 
 
 def elapsed_words(process: Mapping[str, Any]) -> str:
@@ -2799,6 +2812,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--token-file", metavar="PATH", help="the agents' bearer token, in PATH (or SOCKERLESS_AGENT_TOKEN)"
     )
     parser.add_argument(
+        "--reconnect",
+        type=parse_duration,
+        default=RESUME_PATIENCE,
+        metavar="DURATION",
+        help="how long commands wait when the connection to a dialled agent is lost, 0 for not at all (default: 60s)",
+    )
+    parser.add_argument(
         "--compose-project",
         default="",
         metavar="NAME",
@@ -2839,7 +2859,7 @@ def run(options: argparse.Namespace) -> None:
         for name, addr in agents.items():
             container = gateway.new_container(name)
             gateway.add(container)
-            dialler = Dialler(container, addr, token)
+            dialler = Dialler(container, addr, token, options.reconnect)
             dialler.start()
             stack.callback(dialler.stop)
         for host in hosts:

@@ -25,7 +25,7 @@ def docker_client() -> None:
 
 
 def main_agent(directory: Path, *flags: str) -> Agent:
-    return Agent(directory, *flags, "--keep-alive", "--", "sh", "-c", MAIN)
+    return Agent(directory, *flags, "--keep-alive", "--", "bash", "-c", MAIN)
 
 
 @pytest.fixture(scope="module")

@@ -201,6 +201,7 @@ def test_ctrl_c_interrupts_what_runs_and_ctrl_d_ends_the_shell(gateway: Gateway,
     terminal.type("echo $((6*7)); sleep 1000\n")
     terminal.wait_for("^42$")
     terminal.type("\x03")
+    terminal.wait_for(r"\^C\n[#$]")  # what is typed before that is dropped with the interrupt
     terminal.type("echo status $?\n")
     terminal.wait_for("^status 130$")
     terminal.type("\x04")
@@ -258,7 +259,9 @@ def test_a_client_on_a_terminal_that_is_killed_leaves_nothing_running(
 def test_a_full_screen_program_works(gateway: Gateway, open_terminal: OpenTerminal, tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("first\nsecond\n")
-    terminal = open_terminal(gateway, "exec", "-it", "-w", str(tmp_path), "web", "vi", "-u", "NONE", "text")
+    terminal = open_terminal(
+        gateway, "exec", "-it", "-e", "TERM=vt100", "-w", str(tmp_path), "web", "vi", "-u", "NONE", "text"
+    )
     terminal.wait_for("^first$")
     terminal.type("Gothird\x1b:wq\r")
     assert terminal.wait() == 0
