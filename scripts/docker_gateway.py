@@ -40,6 +40,7 @@ import signal
 import socket
 import struct
 import sys
+import termios
 import threading
 import time
 import urllib.parse
@@ -95,6 +96,8 @@ REDIAL_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one again an
 POLL_INTERVAL = 2.0  # seconds between two questions whether the main process still runs
 ANSWER_TIMEOUT = 10.0  # seconds for an answer of an agent
 LINGER = 5.0  # seconds that a client has to close a hijacked connection after the end of its output
+HEAD_PATIENCE = 1.0  # seconds for a client to read the head of an answer before the first output is sent
+TCP_HEAD_PAUSE = 0.01  # the same where it cannot be seen
 KEPT_EXECS = 4096  # of which those that have ended, or never began, are forgotten first
 KEPT_EVENTS = 256  # as many as dockerd keeps for "since"
 STOP_TIMEOUT = 10  # seconds from SIGTERM to SIGKILL, as docker stop has it
@@ -1515,6 +1518,7 @@ class Bridge:
         self._stdin = stdin
         self._on_eof, self._on_gone, self._on_detach = on_eof, on_gone, on_detach
         self._sock = call.handler.connection
+        self._head_was_read = False
         self._received = threading.Event()  # the receiver is done
         self._lock = threading.Lock()  # guards left
         self.left = False  # the client has gone, or detached
@@ -1540,6 +1544,9 @@ class Bridge:
 
     def send(self, stream: Stream, data: bytes) -> None:
         if stream in self._streams:
+            if not self._head_was_read:
+                self._head_was_read = True
+                wait_for_reader(self._sock)
             self._sock.sendall(data if self._raw else encode_docker_frame(stream, data))
 
     def _tell_failure(self) -> None:
@@ -1589,6 +1596,24 @@ class Bridge:
             self._gone()
         finally:
             self._received.set()
+
+
+def wait_for_reader(sock: socket.socket) -> None:
+    """Wait until the peer has read the head of the answer.
+
+    The Docker SDK for Python loses what it receives in one piece with that.
+    dockerd takes so long to start anything that this never shows.
+    """
+    if sock.family != socket.AF_UNIX:  # TCP tells of what the kernel has taken, not of what was read
+        time.sleep(TCP_HEAD_PAUSE)
+        return
+    deadline = time.monotonic() + HEAD_PATIENCE
+    unread = bytearray(4)
+    while time.monotonic() < deadline:
+        fcntl.ioctl(sock, termios.TIOCOUTQ, unread)  # SIOCOUTQ, unix(7)
+        if not any(unread):
+            return
+        time.sleep(0.0005)
 
 
 def has_closed(sock: socket.socket) -> bool:
