@@ -1948,7 +1948,7 @@ class ReverseAgentConn(AgentConn):
         self._on_lifetime_expired = on_lifetime_expired
         self._on_closed = on_closed
         self._gone = threading.Event()
-        self._arrivals: queue.SimpleQueue[QueuedConnection] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[QueuedConnection | None] = queue.SimpleQueue()  # None: closed
         self._routes_lock = threading.Lock()  # guards the next two; held for no call but a dictionary's
         self._routes: dict[str, _PassThrough] = {}  # who has a session or call that is not this side's own
         self._clients: set[_PassThrough] = set()
@@ -1965,6 +1965,8 @@ class ReverseAgentConn(AgentConn):
         with self._lock:
             if connection.subprotocol != SUBPROTOCOL or self.version == 1:
                 return False
+            if _instance(connection) != _instance(self._connection):  # another agent, which knows nothing of it
+                return False
             if self._over or self._lost is not None or not (self._flows or self._calls):
                 return False
             self._arrivals.put(connection)
@@ -1973,10 +1975,22 @@ class ReverseAgentConn(AgentConn):
         return True
 
     def _next_arrival(self) -> QueuedConnection:
-        try:
-            return self._arrivals.get(timeout=1.0)
-        except queue.Empty:
-            raise ConnectFailed("the agent has not dialled again yet") from None
+        with contextlib.suppress(queue.Empty):
+            arrival = self._arrivals.get(timeout=1.0)
+            if arrival is not None:
+                return arrival
+        raise ConnectFailed("the agent has not dialled again yet")
+
+    def close(self) -> None:
+        self._closing.set()
+        self._arrivals.put(None)
+        super().close()
+
+    def give_way(self) -> None:
+        """Another connection has taken this one's place: do not wait for the agent to dial again."""
+        self._closing.set()
+        self._arrivals.put(None)
+        self._connection.close(CloseCode.GOING_AWAY, "replaced by another connection")
 
     # Clients behind this side, see _PassThrough.
 
@@ -2038,11 +2052,11 @@ class ReverseAgentConn(AgentConn):
             client.link_lost()
 
     def _before_loss(self) -> None:
-        while True:
-            try:
-                self._arrivals.get_nowait().close_socket()  # came too late: the agent dials once more
-            except queue.Empty:
-                break
+        with contextlib.suppress(queue.Empty):
+            while True:
+                arrival = self._arrivals.get_nowait()
+                if arrival is not None:
+                    arrival.close_socket()  # came too late: the agent dials once more
         self._gone.set()
         if self._on_closed is not None:
             self._on_closed(self)
@@ -2152,14 +2166,14 @@ class ReverseListener:
             return len(self._agents)
 
     def close(self) -> None:
-        """Close every connection, and listen no more."""
+        """Close every connection, and listen no more. What was started on them here is ended."""
         with self._changed:
             self._closed = True
-            connections = [conn._connection for conn in self._agents.values()] + list(self._clients)
+            closers = [conn.close for conn in self._agents.values()] + [client.close for client in self._clients]
             self._changed.notify_all()
         close_listener(self._socket)
         # Side by side: each may wait CLOSE_TIMEOUT for its peer.
-        closing = [threading.Thread(target=connection.close, daemon=True) for connection in connections]
+        closing = [threading.Thread(target=close, daemon=True) for close in closers]
         for thread in closing:
             thread.start()
         for thread in closing:
@@ -2264,7 +2278,7 @@ class ReverseListener:
         if before is not None:
             log.info("agent %s dialled again: its first connection is closed", agent_id)
             # Not before the new one is known, and in another thread: the old peer may not answer.
-            _pool.submit(before._connection.close, CloseCode.GOING_AWAY, "replaced by another connection")
+            _pool.submit(before.give_way)
         self._tell(self._on_joined, conn)
         conn.wait_closed()
         self._tell(self._on_left, conn)
