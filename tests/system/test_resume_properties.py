@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -105,11 +106,6 @@ class Checked:
         assert data == self.stdout[:count]
         del self.stdout[:count]
 
-    def read_errors(self) -> None:
-        data = within_deadline("output on stderr", lambda: self.process.stderr.read(len(self.stderr)))
-        assert data == self.stderr
-        self.stderr.clear()
-
     def finish(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended by itself
             within_deadline("the end of stdin", self.process.stdin.close)
@@ -129,6 +125,48 @@ class Checked:
     def unread(self) -> int:
         receiver = self.process.receiver
         return receiver.stdout._size + receiver.stderr._size
+
+
+class SignalTeller:
+    """A session that tells which signals it has got; each is to come once."""
+
+    def __init__(self, conn: AgentConn, code: int) -> None:
+        self.process = conn.popen([sys.executable, "-I", "-S", "-c", SIGNAL_TELLER, str(code)])
+        self._code = code
+        self._sent: list[int] = []
+        self.process.stdin.write(b"up")
+        assert within_deadline("its start", lambda: self.process.stdout.read(2)) == b"up"
+
+    def send(self, sent: list[int]) -> None:
+        for number in sent:
+            self.process.send_signal(signal.SIGRTMIN + number)
+        self._sent += sent
+
+    def see(self) -> None:
+        seen = within_deadline("signals", lambda: self.process.stderr.read(2 * len(self._sent)))
+        # In any order: the kernel delivers the lowest of those that wait first.
+        assert sorted(map(int, seen.split())) == sorted(self._sent)
+        self._sent.clear()
+
+    def finish(self) -> None:
+        self.see()
+        Checked(self.process, code=self._code).finish()
+
+
+TERMINAL_SCRIPT = "stty -echo; echo up; while read line; do stty size; done; echo over; cat; exit 5"
+
+
+def end_terminal_input(session: Checked, proxy: CuttingProxy) -> None:
+    """Each end is typed once: the first one ends the loop of TERMINAL_SCRIPT, the second one ends cat."""
+    stdin = session.process.receiver.stdin
+    stdin._channel.send(CloseStdin(session.process.id))  # as close() does, but more may be typed
+    session.stdout += b"over\r\n"
+    session.read(6)
+    proxy.cut()
+    session.write(b"text\n")
+    session.stdout += b"text\r\n"
+    session.read(6)
+    session.finish()
 
 
 class Setting:
@@ -196,6 +234,7 @@ class Sessions(RuleBasedStateMachine):
         self.conn = AgentConn.dial(self.proxy.addr, TOKEN)
         self.online = True
         self.sessions: list[Checked] = []
+        self.tellers: list[SignalTeller] = []
         self.sizes: Checked | None = None
         self.main = Checked(self.conn.attach(), bytes(self.setting.main_output))
         self.main.read(len(self.main.stdout))
@@ -228,21 +267,15 @@ class Sessions(RuleBasedStateMachine):
     def start_what_nobody_reads_for_now(self) -> None:
         self._start("seq", "1", "500000", stdout=numbers(500000))
 
-    @precondition(lambda self: len(self.sessions) < 12)
+    @precondition(lambda self: len(self.tellers) < 3 and self.online)
     @rule(code=st.integers(0, 255))
     def start_signal_teller(self, code: int) -> None:
-        teller = self._start(sys.executable, "-I", "-S", "-c", SIGNAL_TELLER, str(code), code=code)
-        teller.echoes = True
-        if self.online:
-            teller.write(b"up\n")
-            teller.read(3)
-            teller.process.tells = True  # type: ignore[attr-defined]
+        self.tellers.append(SignalTeller(self.conn, code))
 
     @precondition(lambda self: self.sizes is None and self.online)
     @rule()
     def start_on_a_terminal(self) -> None:
-        script = "stty -echo; echo up; while read line; do stty size; done; echo over; cat; exit 5"
-        process = self.conn.popen(["sh", "-c", script], tty=True, size=(80, 24))
+        process = self.conn.popen(["sh", "-c", TERMINAL_SCRIPT], tty=True, size=(80, 24))
         self.sizes = Checked(process, b"up\r\n", code=5)
         self.sizes.read(4)
 
@@ -316,18 +349,15 @@ class Sessions(RuleBasedStateMachine):
     def read_main(self) -> None:
         self.main.read(len(self.main.stdout))
 
-    @precondition(lambda self: self.sessions)
-    @rule(index=st.integers(0, 11), number=st.integers(0, 7))
-    def send_signal(self, index: int, number: int) -> None:
-        session = self._pick(index)
-        if getattr(session.process, "tells", False):
-            session.process.send_signal(34 + number)
-            # The kernel delivers the lowest first if several wait, so one at a time.
-            session.stderr += b"%d\n" % number
-            if self.online:
-                session.read_errors()
-            else:
-                session.process.tells = False  # type: ignore[attr-defined]
+    @precondition(lambda self: self.tellers)
+    @rule(index=st.integers(0, 2), sent=st.lists(st.integers(0, 7), min_size=1, max_size=20))
+    def send_signals(self, index: int, sent: list[int]) -> None:
+        self.tellers[index % len(self.tellers)].send(sent)
+
+    @precondition(lambda self: self.tellers and self.online)
+    @rule(index=st.integers(0, 2))
+    def see_signals(self, index: int) -> None:
+        self.tellers[index % len(self.tellers)].see()
 
     @precondition(lambda self: self.sizes is not None and self.online)
     @rule(width=st.integers(1, 300), height=st.integers(1, 300))
@@ -365,14 +395,7 @@ class Sessions(RuleBasedStateMachine):
         """Each end is typed once: the first one ends the shell's loop, the second one ends cat."""
         assert self.sizes is not None
         session, self.sizes = self.sizes, None
-        channel = session.process.receiver.stdin._channel
-        channel.send(CloseStdin(session.process.id))
-        session.stdout += b"over\r\n"
-        session.read(6)
-        session.write(b"text\n")
-        session.stdout += b"text\r\n"
-        session.read(6)
-        session.finish()
+        end_terminal_input(session, self.proxy)
 
     # The connection.
 
@@ -413,6 +436,8 @@ class Sessions(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.go_online()
         try:
+            for teller in self.tellers:
+                teller.finish()
             for session in self.sessions:
                 session.finish()
             if self.sizes is not None:
@@ -481,6 +506,35 @@ def test_a_cut_at_every_place(
                     echo.read(200)
                 assert proxy.total() > before
         echo.finish()
+    setting.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("how", How)
+def test_signals_sizes_and_ends_of_input_come_once(setting: Setting, count_cuts: None, how: How) -> None:
+    proxy = setting.proxy
+    proxy.seed = 0
+    chances = random.Random(how.value)
+    with AgentConn.dial(proxy.addr, TOKEN) as conn:
+        teller = SignalTeller(conn, 3)
+        for number in range(1, 11):
+            proxy.doom(Doom(how, chances.choice((Place.JSON, Place.BEHIND, Place.HEADER)), Direction.UP, number))
+            teller.send([chances.randrange(8) for _ in range(12)])
+            if chances.random() < 0.5:
+                teller.see()
+            proxy.cut(how)
+        teller.see()
+        for number in range(1, 6):
+            terminal = Checked(conn.popen(["sh", "-c", TERMINAL_SCRIPT], tty=True), b"up\r\n", code=5)
+            terminal.read(4)
+            for width in range(20, 40):
+                terminal.process.resize(width, number)
+            proxy.doom(Doom(how, Place.BEHIND, Direction.UP, number))
+            terminal.write(b"\n")
+            terminal.stdout += b"%d 39\r\n" % number
+            terminal.read(100)
+            end_terminal_input(terminal, proxy)
+            proxy.forgive()
+        teller.finish()
     setting.assert_nothing_is_left()
 
 
