@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 
 import pytest
@@ -13,3 +14,19 @@ def no_agent_outlives_its_test() -> Iterator[None]:
     yield
     while running.all_started:
         running.all_started.pop().kill()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many connections were cut, and how: from the properties that test_resume_properties.py records."""
+    counts: collections.Counter[str] = collections.Counter()
+    total = 0
+    for report in [report for reports in terminalreporter.stats.values() for report in reports]:
+        for name, value in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "teardown" else ():
+            if name == "cuts":
+                how, place, direction, count = value
+                total += count
+                counts.update({how: count, place: count, direction: count})
+    if total:
+        words = "; ".join(f"{count} {what}" for what, count in counts.most_common())
+        terminalreporter.write_sep("=", "connections that were cut")
+        terminalreporter.write_line(f"{total} in all: {words}")
