@@ -1171,6 +1171,7 @@ class Body(io.RawIOBase):
         self._source = source
         self._left = length  # bytes, of the chunk if there are chunks
         self._chunked = chunked
+        self._broken = False  # where the next chunk begins is not known
         self.complete = not chunked and length == 0
 
     def readable(self) -> bool:
@@ -1193,6 +1194,17 @@ class Body(io.RawIOBase):
         self.complete = not self._chunked and self._left == 0
         return len(data)
 
+    def skip(self) -> bool:
+        """Read on to the end, so that the connection can be used again; False if that is too far."""
+        for _ in range(4):
+            if self.complete or self._broken:
+                break
+            try:
+                self.read(CHUNK)
+            except (EOFError, OSError, BadParameter):
+                return False
+        return self.complete
+
     def _next_chunk(self) -> None:
         line = self._source.readline(256)
         if not line:
@@ -1200,6 +1212,7 @@ class Body(io.RawIOBase):
         try:
             self._left = int(line.split(b";")[0], 16)
         except ValueError:
+            self._broken = True
             raise BadParameter("malformed chunk in the body") from None
         if self._left == 0:
             while self._source.readline(4096).strip():  # trailers
@@ -1373,6 +1386,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.debug("begin %s %s", self.command, self.path)
         try:
             call = self._read_call()
+            self._check(call)
             self.server.dispatch(call, self.command, self._path)
         except APIError as exc:
             self._fail(call, exc.status, str(exc))
@@ -1399,26 +1413,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = Body(self.rfile, 0 if chunked else length, chunked)
         path, _, query = self.path.partition("?")
         path = urllib.parse.unquote(urllib.parse.urlsplit(path).path if "://" in path else path)
-        if "Origin" in self.headers:
-            # Docker's clients send none; whatever page a browser shows must not reach the containers.
-            raise Forbidden("web pages may not use this endpoint")
         version = API_VERSION
         match = re.match(r"/v(\d+)\.(\d+)(/.*)", path)
         if match is not None:
             version, path = (int(match[1]), int(match[2])), match[3]
         self._path = path
-        call = Call(self, version, query, body)
-        said = f"{version[0]}.{version[1]}"
-        if version > API_VERSION:
+        return Call(self, version, query, body)
+
+    def _check(self, call: Call) -> None:
+        """Refuse who may not ask, or not in this version."""
+        if "Origin" in self.headers:
+            # Docker's clients send none; whatever page a browser shows must not reach the containers.
+            raise Forbidden("web pages may not use this endpoint")
+        said = ".".join(map(str, call.version))
+        if call.version > API_VERSION:
             newest = VERSION_HEADERS["Api-Version"]
             raise BadParameter(f"client version {said} is too new. Maximum supported API version is {newest}")
-        if version < MIN_API_VERSION:
+        if call.version < MIN_API_VERSION:
             oldest = ".".join(map(str, MIN_API_VERSION))
             raise BadParameter(
                 f"client version {said} is too old. Minimum supported API version is {oldest}, "
                 "please upgrade your client to a newer version"
             )
-        return call
 
     def _fail(self, call: Call | None, status: int, message: str) -> None:
         if call is None:
@@ -1431,7 +1447,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif status == http.HTTPStatus.NOT_MODIFIED:
                 call.reply_nothing(status)
             else:
-                if not call.body.complete:
+                if not call.body.skip():
                     self.close_connection = True
                 call.reply({"message": message}, status)
         except OSError as exc:
@@ -2633,7 +2649,7 @@ def feed_archive(call: Call, process: AgentProcess) -> None:
     try:
         while data := call.body.read(CHUNK):
             process.stdin.write(unpack.feed(data))
-        unpack.finish()
+        process.stdin.write(unpack.finish())
     except BrokenPipeError:  # wait() says why
         return
     # An EOFError leaves stdin open: what came is not to be taken for the whole.
@@ -2679,10 +2695,11 @@ class Decompressor:
             raise BadParameter(f"the archive cannot be unpacked: {exc}") from None
         return b"".join(parts)
 
-    def finish(self) -> None:
-        """Raises BadParameter if the compressed data ended too early."""
+    def finish(self) -> bytes:
+        """What was held back. Raises BadParameter if the compressed data ended too early."""
         if self._stream is not None and not self._stream.eof:
             raise BadParameter("the archive cannot be unpacked: its compressed data ends too early")
+        return self._start or b""
 
 
 # ══════════════════════════════════════════════════════════════════════════════

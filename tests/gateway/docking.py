@@ -23,9 +23,9 @@ END = b"\x1b[0mthe test ends"  # ends a Terminal's reader
 
 
 class Gateway:
-    """A gateway on a unix socket of its own; ``flags`` name its agents."""
+    """A gateway on a unix socket of its own; ``flags`` name its agents, ``prefix`` is a command that becomes it."""
 
-    def __init__(self, directory: Path, *flags: str, token: str = TOKEN) -> None:
+    def __init__(self, directory: Path, *flags: str, token: str = TOKEN, prefix: tuple[str, ...] = ()) -> None:
         self.path = directory / "docker.sock"
         self.config = directory / "docker-config"
         self.config.mkdir(exist_ok=True)
@@ -34,7 +34,7 @@ class Gateway:
         self._ended = False
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SOCKERLESS_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(GATEWAY), "-H", f"unix://{self.path}", "--log-level", "debug", *flags],
+            [*prefix, sys.executable, "-P", str(GATEWAY), "-H", f"unix://{self.path}", "--log-level", "debug", *flags],
             env={**environ, "SOCKERLESS_AGENT_TOKEN": token, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
