@@ -17,16 +17,20 @@ The file reads top-down; each section uses only those above it:
 
      1  Wire protocol          messages to bytes and back; no I/O
      2  Configuration          flags, environment, logging, secrets
-     3  Replay log             the bounded output of one process
-     4  Child processes        spawn, reap, signal, find and end a process tree
-     5  Pumps                  threads that move bytes between fds and queues
-     6  Outgoing queue         what waits to be sent on one connection
-     7  Sessions               exec, attach, the main process
-     8  Health checks          Docker HEALTHCHECK
-     9  Connection             one WebSocket peer
-    10  Server mode            listen, authenticate, answer /health
-    11  Reverse mode           dial the backend, and dial again
-    12  Command line           main, signals, exit code
+     3  Accounts               what is counted, and who ran what
+     4  Replay log             the bounded output of one process
+     5  Child processes        spawn, reap, signal, find and end a process tree
+     6  Pumps                  threads that move bytes between fds and queues
+     7  Outgoing queue         what waits to be sent on one connection
+     8  Sessions               exec, attach, the main process
+     9  Archives               a tree as a tar stream, and back
+    10  Health checks          Docker HEALTHCHECK
+    11  Statistics             CPU and memory of what runs
+    12  Connection             one WebSocket peer
+    13  Metrics                the text of /metrics
+    14  Server mode            listen, authenticate, answer /health
+    15  Reverse mode           dial the backend, and dial again
+    16  Command line           main, signals, exit code
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ if __name__ == "__main__":
 
 import argparse
 import binascii
+import bisect
 import collections
 import contextlib
 import ctypes
@@ -59,6 +64,7 @@ import datetime
 import enum
 import errno
 import fcntl
+import functools
 import heapq
 import hmac
 import http
@@ -1545,7 +1551,119 @@ def hide_secrets(hidden: Iterable[str]) -> None:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 3  Replay log
+# 3  Accounts
+#    Owns what is counted for /metrics, and each session's entry in the books.
+#    Any thread may count; nobody waits for who reads.
+# ══════════════════════════════════════════════════════════════════════════════
+
+METRIC_PREFIX = "sockerless_agent_"
+# Seconds; the last bucket is for what took longer. A spawn takes 0.6 ms where nothing is in its way.
+SPAWN_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Kind(enum.StrEnum):
+    """What a session does."""
+
+    EXEC = "exec"
+    ATTACH = "attach"
+    DETACHED = "detached"
+    ARCHIVE = "archive"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counter:
+    """A total for ``/metrics``: one for each value of its label, where it has one."""
+
+    name: str
+    help: str
+    label: str = ""
+    values: tuple[str, ...] = ("",)  # there from the start, so that the first one counted is an increase
+
+
+SESSIONS_STARTED = Counter("sessions_started_total", "Sessions that have begun.", "kind", tuple(Kind))
+SESSIONS_ENDED = Counter("sessions_ended_total", "Sessions that have ended.", "kind", tuple(Kind))
+SESSIONS_PARKED = Counter("sessions_parked_total", "Sessions whose connection ended before they did.")
+SESSIONS_RESUMED = Counter("sessions_resumed_total", "Sessions that a connection has taken over.")
+SESSIONS_EXPIRED = Counter("sessions_expired_total", "Sessions ended because nobody resumed them in time.")
+ERRORS = Counter("errors_total", "Errors that clients were sent.", "reason", tuple(Reason))
+CONNECTIONS_OPENED = Counter("connections_opened_total", "WebSockets opened.", "protocol", ("1", "2"))
+CONNECTIONS_CLOSED = Counter("connections_closed_total", "WebSockets that have ended.", "how", ("closed", "lost"))
+AUTH_FAILURES = Counter("auth_failures_total", "Clients turned away before the upgrade.", "reason", ("token", "origin"))
+COUNTERS = (
+    SESSIONS_STARTED, SESSIONS_ENDED, SESSIONS_PARKED, SESSIONS_RESUMED, SESSIONS_EXPIRED, ERRORS, CONNECTIONS_OPENED,
+    CONNECTIONS_CLOSED, AUTH_FAILURES,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Totals:
+    """What Counters held at one moment."""
+
+    counts: Mapping[tuple[Counter, str], int]
+    spawns: tuple[int, ...]  # by SPAWN_BUCKETS, and one for the rest
+    spawn_seconds: float
+
+
+class Counters:
+    """Totals of what is rare: sessions, connections, spawns.
+
+    Bytes are not counted here, but where a lock is held anyway or one thread
+    owns the figure: see Outbox.sent and Peer.moved().
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the attributes below
+        self._counts = {(counter, value): 0 for counter in COUNTERS for value in counter.values}
+        self._spawns = [0] * (len(SPAWN_BUCKETS) + 1)
+        self._spawn_seconds = 0.0
+
+    def count(self, counter: Counter, value: str = "") -> None:
+        with self._lock:
+            self._counts[counter, value] = self._counts.get((counter, value), 0) + 1
+
+    def spawned(self, seconds: float) -> None:
+        """A process was started, in so many seconds."""
+        bucket = bisect.bisect_left(SPAWN_BUCKETS, seconds)
+        with self._lock:
+            self._spawns[bucket] += 1
+            self._spawn_seconds += seconds
+
+    def totals(self) -> Totals:
+        with self._lock:
+            return Totals(dict(self._counts), tuple(self._spawns), self._spawn_seconds)
+
+
+class Record:
+    """One session's entry in the books. The threads that run the session write it; its start and end count once."""
+
+    def __init__(self, counters: Counters, kind: Kind) -> None:
+        self._counters = counters
+        self._kind = kind
+        self._lock = threading.Lock()  # guards the attributes below
+        self._started = False
+        self._ended = False
+
+    def start(self) -> None:
+        """What it is for has begun."""
+        with self._lock:
+            self._started = True
+        self._counters.count(SESSIONS_STARTED, self._kind)
+
+    def error(self, reason: str) -> None:
+        """Its client is told of an error: mostly that it could not begin."""
+        self._counters.count(ERRORS, reason)
+
+    def end(self) -> None:
+        """It is over; what was over already, or never began, stays as it is."""
+        with self._lock:
+            if self._ended or not self._started:
+                return
+            self._ended = True
+        self._counters.count(SESSIONS_ENDED, self._kind)
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 4  Replay log
 #    Owns the recent output of one process. Its readers append; each follower
 #    reads through its own Cursor, in its own thread.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -1693,7 +1811,7 @@ class Cursor:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 4  Child processes
+# 5  Child processes
 #    Owns posix_spawn, every wait(2), and the search for what a session left
 #    behind. Entered by session threads, and by the reaper thread that it starts.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -2350,7 +2468,7 @@ def end_processes(children: Sequence[Child] | None, grace: float) -> None:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 5  Pumps
+# 6  Pumps
 #    Owns the threads that move bytes between descriptors and queues: a pool of
 #    parked threads, a reader per pipe, one pump for all terminals, a writer per
 #    stdin while something is queued. Knows bytes and callbacks, no sessions.
@@ -2369,8 +2487,9 @@ class ThreadPool:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _idle
+        self._lock = threading.Lock()  # guards the attributes below
         self._idle: dict[_PoolThread, None] = {}  # a dict, so that thousands that retire at once cost little
+        self._count = 0  # threads, parked ones among them
 
     def submit(self, job: Callable[..., None], *args: object) -> None:
         """Run ``job`` in a thread.
@@ -2391,6 +2510,8 @@ class ThreadPool:
         try:
             while len(taken) < count:
                 taken.append(_PoolThread(self))
+                with self._lock:
+                    self._count += 1
         except RuntimeError:
             self.release(taken)
             raise
@@ -2411,7 +2532,13 @@ class ThreadPool:
             if thread not in self._idle:
                 return False
             del self._idle[thread]
+            self._count -= 1
             return True
+
+    def threads(self) -> tuple[int, int]:
+        """How many are busy, and how many are parked."""
+        with self._lock:
+            return self._count - len(self._idle), len(self._idle)
 
 
 class _PoolThread:
@@ -2648,6 +2775,10 @@ class Input:
         """Bytes so far that the child's pipe has taken."""
         with self._lock:
             return max(self.accepted - self._queued, 0)
+
+    def queued(self) -> int:
+        """Bytes that wait for the child to read them."""
+        return self._queued
 
     def _tell(self) -> None:
         """Tell the listeners, if there is enough to tell."""
@@ -2944,7 +3075,7 @@ class TerminalPump:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 6  Outgoing queue
+# 7  Outgoing queue
 #    Owns what waits to be sent on one connection. Pumps and sessions put into
 #    it; whoever has the role of sending takes out: the connection's writer
 #    thread, or for something small the thread that put it. No I/O.
@@ -3102,6 +3233,7 @@ class Channel:
                 chunks.append(data)
                 size += len(data)
             self._entries.extendleft(reversed(passed))
+            self._outbox.sent[stream] += size
         self._size -= size
         if size < BATCH_SIZE:
             self._budget = max(self._budget - 1, -1.0)
@@ -3157,6 +3289,10 @@ class Flow:
     def finished(self) -> bool:
         """Whether the session has had its last word."""
         return self._last is not None
+
+    def unacknowledged(self) -> int:
+        """Bytes that are kept because the client has not acknowledged them."""
+        return self._end - self._acked
 
     def wait_for_room(self) -> bool:
         with self._lock:
@@ -3351,6 +3487,7 @@ class Outbox:
         self.paced = paced  # for a peer that drops what comes in many small frames, see Channel
         # Guards everything here and in the channels. Held for no I/O and no callback.
         self._lock = threading.Lock()
+        self.sent = [0, 0, 0]  # bytes of each Stream that were put into frames
         self._work = threading.Condition(self._lock)  # the writer waits here
         self._idle = threading.Condition(self._lock)  # flush() waits here
         self._frames: collections.deque[bytes] = collections.deque()  # ready for the socket; b"" closes our side
@@ -3537,6 +3674,13 @@ class Outbox:
             callback()
         return rest, batch
 
+    def waiting(self) -> int:
+        """Bytes that the socket has not been given yet."""
+        with self._lock:
+            resting = (channel for _, _, channel in self._resting if channel._resting)
+            channels = sum(channel._size for channel in (*self._ready, *resting))
+            return channels + self._frames_size + sum(map(len, self._rest))
+
     def flush(self, timeout: float) -> bool | None:
         """Wait until everything was handed to the kernel; False if it was not in ``timeout`` seconds.
 
@@ -3552,7 +3696,7 @@ class Outbox:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 7  Sessions
+# 8  Sessions
 #    Owns what a client started: processes with their pumps, exec and attach
 #    sessions, the main process. Entered by the connection threads (requests),
 #    pool threads (start, pump) and the reaper (exit); none of them ever waits
@@ -3592,6 +3736,7 @@ class Runtime:
     terminals: TerminalPump
     endings: Endings = dataclasses.field(default_factory=Endings)
     archives: Endings = dataclasses.field(default_factory=Endings)  # those that are packed or unpacked
+    counters: Counters = dataclasses.field(default_factory=Counters)
 
     def end_later(self, children: Sequence[Child]) -> None:
         """End what these children started, without waiting for it."""
@@ -3685,6 +3830,7 @@ class Process:
         Raises:
             SpawnError: if it cannot be started; nothing is left behind then.
         """
+        began = time.monotonic()
         try:
             command = make_command(cmd, env, workdir, defaults, user)
             if self.tty:
@@ -3698,6 +3844,7 @@ class Process:
         except SpawnError:
             self._exited.release()
             raise
+        self._runtime.counters.spawned(time.monotonic() - began)
         self._become_running()
 
     def _start_on_pipes(self, command: Command) -> None:
@@ -3848,6 +3995,8 @@ class SessionHost(Protocol):
 
     def open_channel(self, session_id: str) -> Channel: ...
 
+    def open_record(self, kind: Kind) -> Record: ...
+
     def forget(self, session: Session) -> None:
         """The session has ended: its id is free again."""
 
@@ -3902,6 +4051,7 @@ class ExecSession:
         self.id = request.id
         self.host = host
         self.channel = host.open_channel(request.id)
+        self.record = host.open_record(Kind.EXEC)
         self.started_at = 0.0  # Unix time
         self._request = request
         self._runtime = runtime
@@ -3917,6 +4067,7 @@ class ExecSession:
             log.info("exec failed: %s", exc, extra={"session": self.id})
             return
         self.started_at = time.time()
+        self.record.start()
         self._started()
         log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra={"session": self.id})
         self._process.pump()
@@ -3925,9 +4076,11 @@ class ExecSession:
         """The command runs."""
 
     def _not_started(self, error: SpawnError) -> None:
+        self.record.error(error.reason)
         self.channel.send(Error(self.id, str(error), error.reason), lambda: self.host.forget(self))
 
     def _finished(self, code: int) -> None:
+        self.record.end()
         log.info("exec ended: exit code %d", code, extra={"session": self.id})
         # The id is free once its exit is on its way: another session's output must not come before it.
         self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
@@ -3941,6 +4094,7 @@ class ExecSession:
         except InputOverflow as exc:
             # Version 1 has no flow control. A gap in stdin would be silent
             # damage, so the command ends, and its client is told why.
+            self.record.error(Reason.STDIN_OVERFLOW)
             self.host.send(Error(self.id, f"stdin: {exc}; the command is killed", Reason.STDIN_OVERFLOW))
             log.warning("exec killed: %s", exc, extra={"session": self.id})
             self._process.input.discard()
@@ -3948,6 +4102,10 @@ class ExecSession:
                 self._process.send_signal(signal.SIGKILL)
             except PermissionError:
                 log.warning("cannot kill it: it belongs to another user", extra={"session": self.id})
+
+    def queued(self) -> int:
+        """Bytes of stdin that wait for the command to read them."""
+        return self._process.input.queued()
 
     def end_input(self) -> None:
         self._process.input.end()
@@ -4111,10 +4269,11 @@ DETACHED_KEPT = 32  # detached commands that have ended and can still be attache
 class DetachedCommand(LoggedProcess):
     """A command that needs no connection: it was started by one, and others may attach to it."""
 
-    def __init__(self, runtime: Runtime, request: Exec, on_end: Callable[[], None]) -> None:
+    def __init__(self, runtime: Runtime, request: Exec, record: Record, on_end: Callable[[], None]) -> None:
         super().__init__(runtime, request.tty)
         self.id = request.id
         self.request = request
+        self.record = record
         self._on_end = on_end
         self._lock = threading.Lock()  # guards the attributes below
         self._outcome: Started | Error | None = None
@@ -4132,6 +4291,7 @@ class DetachedCommand(LoggedProcess):
             self._tell(Error(self.id, str(exc), exc.reason))
             raise
         self.started_at = time.time()
+        self.record.start()
         self._tell(Started(self.id, self.pid, ""))
 
     def _tell(self, outcome: Started | Error) -> None:
@@ -4163,6 +4323,7 @@ class DetachedCommand(LoggedProcess):
         return state | super().describe()
 
     def _on_finished(self, code: int) -> None:
+        self.record.end()
         log.info("detached command ended: exit code %d", code, extra={"session": self.id})
         self._on_end()  # before anybody hears of it: its id and its place are free
         super()._on_finished(code)
@@ -4239,11 +4400,13 @@ class AttachSession:
         self._request = request
         self._target = process
         self.channel = host.open_channel(request.id)
+        self.record = host.open_record(Kind.ATTACH)
         self._cursor = process.log.follow(not request.no_replay)
         self._left = False  # written before the cursor is closed
 
     def run(self) -> None:
         """Copy the log to the client until it ends or the client leaves, in a pool thread."""
+        self.record.start()
         log.info("attach started", extra={"session": self.id})
         while self.channel.wait_for_room() and (part := self._cursor.read()) is not None:
             if part.lost:
@@ -4251,6 +4414,7 @@ class AttachSession:
             for stream, data in part.chunks:
                 self.channel.put(stream, data)
         self._cursor.close()
+        self.record.end()
         code = self._target.code
         if code is not None and not self._left:
             self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
@@ -4268,6 +4432,7 @@ class AttachSession:
         try:
             self._target.input.write(data)
         except InputOverflow as exc:
+            self.record.error(Reason.STDIN_OVERFLOW)
             self.host.send(Error(self.id, f"stdin: {exc}; {len(data)} bytes were refused", Reason.STDIN_OVERFLOW))
 
     def end_input(self) -> None:
@@ -4358,10 +4523,12 @@ class FlowExecSession(ExecSession):
         self.tie.flow.begin(Started(self.id, self._process.pid, self.tie.secret))
 
     def _not_started(self, error: SpawnError) -> None:
+        self.record.error(error.reason)
         self.host.forget(self)  # first: from now on nobody takes it over, and its channel stays what it is
         self.channel.send(Error(self.id, str(error), error.reason))
 
     def _finished(self, code: int) -> None:
+        self.record.end()
         log.info("exec ended: exit code %d", code, extra={"session": self.id})
         self.tie.flow.finish(Exit(self.id, code))  # and kept, until its client says that it has it
         if self.tie.ending:
@@ -4415,6 +4582,7 @@ class FlowAttachSession(AttachSession):
         self.tie.flow.connect(self.channel)
 
     def run(self) -> None:
+        self.record.start()
         log.info("attach started", extra={"session": self.id})
         flow = self.tie.flow
         flow.begin(Started(self.id, self._target.pid, self.tie.secret, self._cursor.replay))
@@ -4425,6 +4593,7 @@ class FlowAttachSession(AttachSession):
             for stream, data in part.chunks:
                 flow.put(stream, data)
         self._cursor.close()
+        self.record.end()
         code = self._target.code
         if code is not None and not self._left:
             flow.finish(Exit(self.id, code))
@@ -4474,7 +4643,8 @@ class DetachingSession:
         self._on_end = on_end
         self._runtime = runtime
         self._commands = commands
-        self._command = DetachedCommand(runtime, request, self._ended)
+        self.record = host.open_record(Kind.DETACHED)
+        self._command = DetachedCommand(runtime, request, self.record, self._ended)
         commands.add(self._command)
 
     def run(self) -> None:
@@ -4483,6 +4653,7 @@ class DetachingSession:
             self._command.start()
         except SpawnError as exc:
             self._commands.remove(self._command)
+            self.record.error(exc.reason)
             self.channel.send(Error(self.id, str(exc), exc.reason), self._give_up)
             log.info("exec failed: %s", exc, extra={"session": self.id})
             return
@@ -4565,7 +4736,7 @@ class OutputCopier:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 8  Archives
+# 9  Archives
 #    Owns what `docker cp` needs where the image has no tar: a path's state, a
 #    tree as a tar stream, a tar stream as a tree. A pool thread for each archive;
 #    the connection threads feed it, and never wait for it.
@@ -5424,6 +5595,7 @@ class ArchiveSession:
         self.id = request.id
         self.host = host
         self.channel = host.open_channel(request.id)
+        self.record = host.open_record(Kind.ARCHIVE)
         self.tie = Tie(request)
         self.tie.flow.connect(self.channel)
         self.started_at = time.time()
@@ -5443,6 +5615,18 @@ class ArchiveSession:
 
     def _pack_or_unpack(self) -> None:
         self.tie.flow.begin(Started(self.id, 0, self.tie.secret))
+        self.record.start()
+        last = self._copy()
+        self.record.end()
+        if isinstance(last, Error):
+            self.record.error(last.reason)
+        if last is not None:
+            self.tie.flow.finish(last)
+        else:
+            self.host.forget(self)
+
+    def _copy(self) -> Exit | Error | None:
+        """Copy, and return the session's last word; None if nobody is there to hear it."""
         request = self._request
         extra = {"session": self.id}
         log.info("archive %s: %s", "out of" if isinstance(request, ArchiveGet) else "into", request.path, extra=extra)
@@ -5453,15 +5637,14 @@ class ArchiveSession:
                 self._unpack(request)
         except ArchiveError as exc:
             log.info("archive failed: %s", exc, extra=extra)
-            self.tie.flow.finish(Error(self.id, str(exc), exc.reason))
+            return Error(self.id, str(exc), exc.reason)
         except _Abandoned:
             log.info("archive abandoned", extra=extra)
-            self.host.forget(self)
+            return None
         except Exception as exc:
             log.exception("archive: unexpected error", extra=extra)
-            self.tie.flow.finish(Error(self.id, f"unexpected error: {exc}", Reason.ARCHIVE_FAILED))
-        else:
-            self.tie.flow.finish(Exit(self.id, 0))
+            return Error(self.id, f"unexpected error: {exc}", Reason.ARCHIVE_FAILED)
+        return Exit(self.id, 0)
 
     def _unpack(self, request: ArchivePut) -> None:
         unpacker = Unpacker(request.path, request.no_overwrite_dir_non_dir, request.no_owners)
@@ -5522,13 +5705,14 @@ class ArchiveSession:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 9  Health checks
+# 10  Health checks
 #    Owns the periodic check of Docker's HEALTHCHECK. One thread runs it; any
 #    thread may ask for its state.
 # ══════════════════════════════════════════════════════════════════════════════
 
 HEALTH_OUTPUT = 4096  # bytes of a check's output that are kept, as Docker does
 HEALTH_RESULTS = 5  # results that are kept, as Docker does
+HEALTH_STATES = ("starting", "healthy", "unhealthy")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -5678,7 +5862,7 @@ class HealthChecker:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 10  Statistics
+# 11  Statistics
 #     Owns the figures of what runs: CPU, memory, threads, descriptors, I/O. Pool
 #     threads ask for them; psutil is imported when the first one does.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -5860,7 +6044,7 @@ def measure(children: Mapping[str, Child], processes: bool = False) -> dict[str,
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 11  Connection
+# 12  Connection
 #     Owns one WebSocket peer each, whichever side dialled. Threads: the library's
 #     receiver, which answers pings; the connection thread, which dispatches; the
 #     writer, the only one that sends. One heartbeat thread watches them all.
@@ -6169,14 +6353,23 @@ class SessionExists(AgentError):
     """What is to be started has been: the request is sent again because its answer was lost."""
 
 
+def _add(one: tuple[int, int, int], other: tuple[int, int, int]) -> tuple[int, int, int]:
+    return one[0] + other[0], one[1] + other[1], one[2] + other[2]
+
+
 class SessionRegistry:
     """Who is connected, what runs, and how many sessions there are in all."""
 
     def __init__(
-        self, limit: int, main: MainProcess | None = None, describe_health: Callable[[], dict[str, Any]] | None = None
+        self,
+        limit: int,
+        main: MainProcess | None = None,
+        describe_health: Callable[[], dict[str, Any]] | None = None,
+        counters: Counters | None = None,
     ) -> None:
         """``describe_health`` gives the health check's state."""
         self.limit = limit
+        self.counters = counters or Counters()
         self.detached = DetachedCommands()
         self._main = main
         self._describe_health = describe_health
@@ -6185,6 +6378,7 @@ class SessionRegistry:
         self._lock = threading.Lock()  # guards the attributes below
         self._count = 0
         self._peers: set[Peer] = set()
+        self._moved = (0, 0, 0)  # bytes of each Stream over all connections that have ended
         self._expired = False
         self._refusal = ""
         self._resumable: dict[str, FlowSession] = {}  # by secret
@@ -6225,6 +6419,31 @@ class SessionRegistry:
     def remove(self, peer: Peer) -> None:
         with self._lock:
             self._peers.discard(peer)
+            self._moved = _add(self._moved, peer.moved())
+
+    def moved(self) -> tuple[int, int, int]:
+        """Bytes of each Stream that sessions were sent, and have sent, over all connections so far."""
+        with self._lock:  # so that a connection that ends is counted once
+            return functools.reduce(_add, (peer.moved() for peer in self._peers), self._moved)
+
+    def queues(self) -> tuple[list[int], list[int], list[int]]:
+        """Bytes that wait: for each connection to be sent, for each command to read, for each client to acknowledge."""
+        with self._lock:
+            peers, sessions = list(self._peers), [*self._resumable.values()]
+        running = {*sessions, *(session for peer in peers for session in peer.sessions())}
+        logged: list[LoggedProcess] = [self._main] if self._main is not None else []
+        inputs = [session.queued() for session in running if isinstance(session, ExecSession)]
+        inputs += [process.input.queued() for process in (*logged, *self.detached.all())]
+        return (
+            [peer.waiting() for peer in peers],
+            inputs,
+            [session.tie.flow.unacknowledged() for session in sessions],
+        )
+
+    def parked(self) -> int:
+        """How many sessions have no connection."""
+        with self._lock:
+            return len(self._parked)
 
     def peers(self) -> list[Peer]:
         with self._lock:
@@ -6324,6 +6543,8 @@ class SessionRegistry:
         child = session.leave() if ending else None
         if child is not None:
             end(child)
+        if not ending:
+            self.counters.count(SESSIONS_PARKED)
 
     def _park(self, session: FlowSession, channel: Channel, window: float, end: Callable[[Child], None]) -> None:
         """Holds the lock."""
@@ -6382,6 +6603,9 @@ class SessionRegistry:
     def open_channel(self, session_id: str) -> Channel:
         raise AssertionError("a parked session has no connection")
 
+    def open_record(self, kind: Kind) -> Record:
+        raise AssertionError("a parked session has no connection")
+
     def send(self, message: Event) -> None:
         """Nobody is there: what is worth keeping, its flow keeps."""
 
@@ -6426,6 +6650,7 @@ class SessionRegistry:
                 self._count -= len(over)
             for session in over:
                 if not session.tie.flow.finished:
+                    self.counters.count(SESSIONS_EXPIRED)
                     log.warning("nobody resumed the session in time: it is ended", extra={"session": session.id})
                 child = session.leave()
                 if child is not None:
@@ -6485,21 +6710,25 @@ class Peer:
         self._sessions: dict[str, Session] = {}
         self._ended_ids: dict[str, None] = {}  # the latest, oldest first
         self._calls: collections.deque[GetStats | ArchiveStat] = collections.deque()  # the first is being answered
-        self.started = 0  # sessions so far; the connection thread's alone
+        self.started = 0  # sessions so far; this and _received are the connection thread's alone
+        self._received = 0  # bytes of stdin
+        runtime.counters.count(CONNECTIONS_OPENED, str(self.version))
         self._health = Channel(connection.outbox, "health")  # changes of it; used by the checking thread alone
         registry.add(self)
 
     def serve(self) -> None:
         """Handle the connection's messages until it ends; then end what it started, and leave the registry."""
         log.info("connected", extra={"peer": self.name})
-        why = "closed by the peer"
+        how, why = "closed", "closed by the peer"
         try:
             for message in self._connection:
                 self._receive(message)
         except ConnectionClosed as exc:
+            how = "lost"
             why = f"lost: {exc}" if exc.__cause__ is None else f"lost: {exc} ({exc.__cause__})"
         finally:
             count = self._leave()
+            self._runtime.counters.count(CONNECTIONS_CLOSED, how)
             self._registry.remove(self)  # only now: the agent's end looks here first, then at the endings
             log.info("connection %s; %d sessions were running", why, count, extra={"peer": self.name})
 
@@ -6517,6 +6746,19 @@ class Peer:
             return None
         return self._connection._sent - unsent
 
+    def sessions(self) -> list[Session]:
+        with self._lock:
+            return list(self._sessions.values())
+
+    def moved(self) -> tuple[int, int, int]:
+        """Bytes of each Stream so far."""
+        sent = self._connection.outbox.sent
+        return self._received, sent[Stream.STDOUT], sent[Stream.STDERR]
+
+    def waiting(self) -> int:
+        """Bytes that wait to be sent."""
+        return self._connection.outbox.waiting()
+
     def linger(self, timeout: float) -> None:
         """Give the peer time to read: a deployed Go backend loses an exit that a close follows at once."""
         with self._lock:
@@ -6528,6 +6770,9 @@ class Peer:
 
     def open_channel(self, session_id: str) -> Channel:
         return Channel(self._connection.outbox, session_id, binary=self.version == 2)
+
+    def open_record(self, kind: Kind) -> Record:
+        return Record(self._runtime.counters, kind)
 
     def forget(self, session: Session) -> None:
         if self.version == 2:
@@ -6613,6 +6858,7 @@ class Peer:
             session = self._sessions.get(session_id)
             ended = session_id in self._ended_ids
         if session is not None:
+            self._received += len(data)
             tie = cast(FlowSession, session).tie
             with tie.lock:
                 if cast(FlowSession, session).host is self:
@@ -6651,12 +6897,12 @@ class Peer:
             try:
                 self.send(self._look_up(call))
             except StatisticsError as exc:
-                self.send(Error(call.id, str(exc), Reason.UNAVAILABLE))
+                self._send_error(Error(call.id, str(exc), Reason.UNAVAILABLE))
             except ArchiveError as exc:
-                self.send(Error(call.id, str(exc), exc.reason))
+                self._send_error(Error(call.id, str(exc), exc.reason))
             except Exception as exc:
                 log.exception("cannot answer", extra={"peer": self.name})
-                self.send(Error(call.id, f"unexpected error: {exc}", Reason.UNAVAILABLE))
+                self._send_error(Error(call.id, f"unexpected error: {exc}", Reason.UNAVAILABLE))
             self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)  # meanwhile no more than CALLS_LIMIT are taken
             with self._lock:
                 self._calls.popleft()
@@ -6714,14 +6960,19 @@ class Peer:
             self._refuse(request.id, str(exc), exc.reason)
             return True
         self.started += 1
+        self._runtime.counters.count(SESSIONS_RESUMED)
         log.info("session resumed", extra={"peer": self.name, "session": request.id})
         return True
 
     def _refuse(self, session_id: str, message: str, reason: Reason) -> None:
         log.info("refused: %s", message, extra={"peer": self.name, "session": session_id})
-        self.send(Error(session_id, message, reason))
+        self._send_error(Error(session_id, message, reason))
         # Only for a peer that floods us with nonsense and does not read the answers.
         self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)
+
+    def _send_error(self, error: Error) -> None:
+        self._runtime.counters.count(ERRORS, error.reason)
+        self.send(error)
 
     def _pass_on(self, request: ToSession, session: Session) -> None:
         """Forward a message to a session, and say what is wrong with it."""
@@ -6746,6 +6997,7 @@ class Peer:
     def _forward(self, request: ToSession, session: Session) -> str:
         """Do to a session what its client asks for; returns what is wrong with that, "" for nothing."""
         if isinstance(request, Stdin):
+            self._received += len(request.data)
             session.write(request.data)
         elif isinstance(request, End):
             session.end()
@@ -6869,7 +7121,145 @@ class Peer:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 12  Server mode
+# 13  Metrics
+#     Owns the text of /metrics. Whoever asks makes it, in the thread of its own
+#     connection; it takes locks one by one, and each for a moment.
+# ══════════════════════════════════════════════════════════════════════════════
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def _label(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+class _Exposition:
+    """Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats/, version 0.0.4)."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def family(self, name: str, kind: str, help_text: str, samples: Iterable[tuple[Mapping[str, str], float]]) -> None:
+        """Values of one name; ``samples`` are labels and value."""
+        self._lines += [f"# HELP {name} {help_text}", f"# TYPE {name} {kind}"]
+        for labels, value in samples:
+            self.sample(name, labels, value)
+
+    def sample(self, name: str, labels: Mapping[str, str], value: float) -> None:
+        text = ",".join(f'{label}="{_label(content)}"' for label, content in labels.items())
+        self._lines.append(f"{name}{{{text}}} {value}" if text else f"{name} {value}")
+
+    def gauge(self, name: str, help_text: str, value: float) -> None:
+        self.family(METRIC_PREFIX + name, "gauge", help_text, [({}, value)])
+
+    def text(self) -> str:
+        return "".join(line + "\n" for line in self._lines)
+
+
+class Metrics:
+    """Makes the answer to ``GET /metrics``."""
+
+    def __init__(self, runtime: Runtime, registry: SessionRegistry, main: MainProcess | None) -> None:
+        self._runtime = runtime
+        self._registry = registry
+        self._main = main
+
+    def text(self) -> str:
+        out = _Exposition()
+        info = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+        out.family(METRIC_PREFIX + "build_info", "gauge", "What runs here.", [(info, 1)])
+        totals = self._runtime.counters.totals()
+        self._sessions(out, totals)
+        self._queues(out)
+        self._spawns(out, totals)
+        self._processes(out)
+        self._agent(out)
+        return out.text()
+
+    def _sessions(self, out: _Exposition, totals: Totals) -> None:
+        for counter in COUNTERS:
+            samples = [
+                ({counter.label: value} if counter.label else {}, count)
+                for (counted, value), count in totals.counts.items()
+                if counted is counter
+            ]
+            out.family(METRIC_PREFIX + counter.name, "counter", counter.help, samples)
+        counts = totals.counts
+        running = [({"kind": kind}, counts[SESSIONS_STARTED, kind] - counts[SESSIONS_ENDED, kind]) for kind in Kind]
+        out.family(METRIC_PREFIX + "sessions", "gauge", "Sessions that run.", running)
+        out.gauge("parked_sessions", "Sessions that wait to be resumed.", self._registry.parked())
+        out.gauge("connections", "WebSockets that are open.", len(self._registry.peers()))
+        moved = zip(STREAM_NAMES.values(), self._registry.moved(), strict=True)
+        help_text = "Bytes received (stdin) and put into frames (stdout, stderr), those sent again included."
+        samples = [({"stream": name}, count) for name, count in moved]
+        out.family(METRIC_PREFIX + "stream_bytes_total", "counter", help_text, samples)
+
+    def _queues(self, out: _Exposition) -> None:
+        outboxes, inputs, kept = self._registry.queues()
+        for name, what, depths in (
+            ("send_queue", "that wait to be sent", outboxes),
+            ("stdin_queue", "of stdin that wait for commands to read them", inputs),
+            ("unacknowledged", "of output that are kept until clients acknowledge them", kept),
+        ):
+            out.gauge(f"{name}_bytes", f"Bytes {what}.", sum(depths))
+            out.gauge(f"{name}_largest_bytes", f"Bytes {what}, where they are most.", max(depths, default=0))
+
+    def _spawns(self, out: _Exposition, totals: Totals) -> None:
+        name = METRIC_PREFIX + "spawn_seconds"
+        out.family(name, "histogram", "How long it took to start a process.", [])
+        counts = list(itertools.accumulate(totals.spawns))
+        for bound, count in zip([*map(str, SPAWN_BUCKETS), "+Inf"], counts, strict=True):
+            out.sample(f"{name}_bucket", {"le": bound}, count)
+        out.sample(f"{name}_sum", {}, totals.spawn_seconds)
+        out.sample(f"{name}_count", {}, counts[-1])
+
+    def _processes(self, out: _Exposition) -> None:
+        orphans = self._runtime.reaper.orphans
+        help_text = "Processes waited for that the agent did not start."
+        out.family(METRIC_PREFIX + "reaped_orphans_total", "counter", help_text, [({}, orphans)])
+        if self._main is not None:
+            code = self._main.code
+            out.gauge("main_process_up", "Whether the main process runs.", int(code is None))
+            if code is not None:
+                out.gauge("main_process_exit_code", "The main process's exit code.", code)
+        health = self._registry.describe_health().get("health")
+        if health is not None:
+            states = [({"status": status}, int(status == health["status"])) for status in HEALTH_STATES]
+            out.family(METRIC_PREFIX + "health_status", "gauge", "What the health check says.", states)
+            out.gauge("health_failing_streak", "Failed health checks in a row.", health["failingStreak"])
+
+    def _agent(self, out: _Exposition) -> None:
+        busy, parked = self._runtime.pool.threads()
+        samples = [({"state": "busy"}, busy), ({"state": "parked"}, parked)]
+        out.family(METRIC_PREFIX + "pool_threads", "gauge", "Threads of the pool.", samples)
+        out.gauge("threads", "Threads of the agent, the pool's included.", threading.active_count())
+        # The names, and what they mean, are those of every Prometheus client.
+        for name, kind, help_text, value in _own_figures():
+            out.family(f"process_{name}", kind, help_text, [({}, value)])
+
+
+def _own_figures() -> Iterator[tuple[str, str, str, float]]:
+    """This process's own use of the machine: name, kind, help and value."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # from the third field of proc_pid_stat(5) on
+        with open("/proc/uptime", "rb") as file:
+            booted = time.time() - float(file.read().split()[0])
+        descriptors = len(os.listdir("/proc/self/fd")) - 1  # less the one that lists them
+    except OSError:
+        return
+    ticks = os.sysconf("SC_CLK_TCK")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    yield "cpu_seconds_total", "counter", "CPU time in user and system mode.", sum(map(int, fields[11:13])) / ticks
+    yield "resident_memory_bytes", "gauge", "Resident memory.", int(fields[21]) * resource.getpagesize()
+    yield "virtual_memory_bytes", "gauge", "Virtual memory.", int(fields[20])
+    yield "start_time_seconds", "gauge", "Start, in Unix time.", round(booted + int(fields[19]) / ticks, 2)
+    yield "open_fds", "gauge", "Open descriptors.", descriptors
+    yield "max_fds", "gauge", "How many there may be.", limit if limit != resource.RLIM_INFINITY else math.inf
+
+
+# ══════════════════════════════════════════════════════════════════════════════
+# 14  Server mode
 #     Owns the listening socket, authentication and the HTTP endpoints. Threads:
 #     the acceptor, and a pool thread for each connection from its handshake on.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -7053,6 +7443,7 @@ class Server:
         self._runtime = runtime
         self._registry = registry
         self._main = main
+        self._metrics = Metrics(runtime, registry, main)
         self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout)
         self._socket, self._handler = make_handler(
             self._serve_peer,
@@ -7105,27 +7496,28 @@ class Server:
     def _process_request(self, connection: ServerConnection, request: HTTPRequest) -> HTTPResponse | None:
         """Answer a request, or None to let the WebSocket handshake go on."""
         path = request.path.partition("?")[0]
-        if path not in ("/health", "/ws"):
-            return connection.respond(http.HTTPStatus.NOT_FOUND, "not found; there are /health and /ws\n")
+        if path not in ("/health", "/metrics", "/ws"):
+            return connection.respond(http.HTTPStatus.NOT_FOUND, "not found; there are /health, /metrics and /ws\n")
         # Releases of the library before 17 parse nothing but GET, see ServerWebSocket.
         if getattr(request, "method", "GET") != "GET":
             response = connection.respond(http.HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n")
             response.headers["Allow"] = "GET"
             return response
         if path == "/health":
-            response = connection.respond(http.HTTPStatus.OK, json.dumps(self._registry.describe_health()) + "\n")
-            del response.headers["Content-Type"]
-            response.headers["Content-Type"] = "application/json"
-            return response
+            return self._answer(connection, json.dumps(self._registry.describe_health()) + "\n", "application/json")
         token = self._runtime.config.token
         if token and not hmac.compare_digest(bearer_token(request), token.encode("utf-8", "surrogateescape")):
+            self._runtime.counters.count(AUTH_FAILURES, "token")
             log.warning("client refused: missing or wrong token")
             response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
         if not token and is_foreign_page(request):
+            self._runtime.counters.count(AUTH_FAILURES, "origin")
             log.warning("client refused: a web page of another host")
             return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
+        if path == "/metrics":
+            return self._answer(connection, self._metrics.text(), METRICS_TYPE)
         return None
 
     def _process_response(
@@ -7134,9 +7526,15 @@ class Server:
         response.headers[INSTANCE_HEADER] = self._registry.instance
         return None
 
+    def _answer(self, connection: ServerConnection, text: str, content_type: str) -> HTTPResponse:
+        response = connection.respond(http.HTTPStatus.OK, text)
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = content_type
+        return response
+
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 13  Reverse mode
+# 15  Reverse mode
 #     Owns the connection to a backend that this side dials, for functions that
 #     accept none. One thread, the dialer, dials and then serves the connection.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -7307,7 +7705,7 @@ class ReverseDialer:
 
 
 # ══════════════════════════════════════════════════════════════════════════════
-# 14  Command line
+# 16  Command line
 #     Owns the order of start and end, the signals, and the exit code. The main
 #     thread runs it, and after the start only waits.
 # ══════════════════════════════════════════════════════════════════════════════
@@ -7332,7 +7730,7 @@ class Agent:
         self._main = MainProcess(self._runtime) if config.keep_alive else None
         self._health = HealthChecker(self._runtime, self._push_health) if config.health_cmd else None
         describe_health = self._health.describe if self._health is not None else None
-        self._registry = SessionRegistry(config.max_total_sessions, self._main, describe_health)
+        self._registry = SessionRegistry(config.max_total_sessions, self._main, describe_health, self._runtime.counters)
         self._copier: OutputCopier | None = None
         # A signal's number, or one of the events above.
         self._events: queue.SimpleQueue[int] = queue.SimpleQueue()
