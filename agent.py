@@ -1028,6 +1028,11 @@ class Config:
     callback: Callback = Callback()
     callback_retries: int = 10
     callback_ca: str = ""
+    callback_cert: str = ""
+    callback_key: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
     lifetime: float = 0.0
     lifetime_margin: float = 5.0
     lifetime_signal: int = 0
@@ -1059,6 +1064,11 @@ class Config:
     resume_window: float = 60.0
     ping_interval: float = 20.0
     ping_timeout: float = 60.0
+
+    @property
+    def reloadable(self) -> bool:
+        """Whether there is something that SIGHUP reloads."""
+        return bool(self.tls_cert)
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -1242,6 +1252,13 @@ OPTIONS = (
     Option("callback-retries", _parse_whole_number, "N",
            "failed tries in a row after which reverse mode gives up; 0 for never (default: 10)"),
     Option("callback-ca", _check_file, "PATH", "trust the certificates in PATH (PEM) for the callback, and no others"),
+    Option("callback-cert", _check_file, "PATH", "show the callback the certificate in PATH (PEM, with its chain)"),
+    Option("callback-key", _check_file, "PATH", "its private key (default: in the same file)"),
+    Option("tls-cert", _check_file, "PATH",
+           "speak TLS, with the certificate in PATH (PEM, with its chain); SIGHUP reloads it"),
+    Option("tls-key", _check_file, "PATH", "its private key (default: in the same file)"),
+    Option("tls-client-ca", _check_file, "PATH",
+           "/ws is for clients with a certificate that one in PATH (PEM) has issued; SIGHUP reloads it"),
     Option("lifetime", _parse_positive_duration, "DURATION",
            "how long the platform lets the agent live: clients are told before it ends"),
     Option("lifetime-margin", parse_duration, "DURATION", "how long before its end they are told (default: 5s)"),
@@ -1287,6 +1304,108 @@ OPTIONS = (
     Option("ping-timeout", _parse_positive_duration, "DURATION",
            "silence, at the TCP level too, after which a peer counts as gone (default: 60s)"),
 )  # fmt: skip
+
+
+# The suites of TLS 1.2 that have forward secrecy and authenticated encryption; all of TLS 1.3 do.
+TLS_1_2_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+
+
+def _prepare_tls(context: ssl.SSLContext) -> None:
+    """What both sides want: nothing older than TLS 1.2, and no compression or renegotiation."""
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(TLS_1_2_CIPHERS)
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+
+
+def _load_authorities(context: ssl.SSLContext, path: str) -> None:
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError:
+        raise ValueError(f"{path!r} holds no PEM certificate") from None
+    except OSError as exc:
+        raise ValueError(f"cannot read {path!r}: {exc.strerror}") from None
+
+
+def _load_certificate(context: ssl.SSLContext, cert: str, key: str) -> None:
+    def refuse_to_ask() -> str:  # OpenSSL would prompt on the terminal
+        raise ValueError(f"the private key in {key or cert!r} has a passphrase, which nobody could type")
+
+    for path in (cert, key or cert):
+        try:
+            open(path, "rb").close()
+        except OSError as exc:
+            raise ValueError(f"cannot read {path!r}: {exc.strerror}") from None
+    try:
+        context.load_cert_chain(cert, key or None, password=refuse_to_ask)
+    except ssl.SSLError as exc:
+        if exc.reason == "KEY_VALUES_MISMATCH":
+            raise ValueError(f"the private key in {key or cert!r} is not that of the certificate in {cert!r}") from None
+        _load_authorities(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), cert)  # raises if it is the certificate
+        why = exc.reason.lower().replace("_", " ") if exc.reason else "no PEM private key there"
+        raise ValueError(f"cannot use the private key in {key or cert!r}: {why}") from None
+
+
+def make_client_tls(ca: str = "", cert: str = "", key: str = "") -> ssl.SSLContext:
+    """TLS for a connection that this side opens; the server's name is checked.
+
+    Args:
+        ca: a file of certificates to trust; "" for those that the system does.
+        cert: a file with this side's certificate and its chain; "" for none.
+        key: a file with its private key; "" if that is in ``cert``.
+
+    Raises:
+        ValueError: if a file cannot be read or used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _prepare_tls(context)
+    if ca:
+        _load_authorities(context, ca)
+    else:
+        context.load_default_certs()
+    if cert:
+        _load_certificate(context, cert, key)
+    return context
+
+
+class ServerTLS:
+    """The certificate of a server and whose certificates clients must have: files, that are read again by reload().
+
+    A client without a certificate is let in by TLS, so that it can be told in HTTP what it lacks, and may ask for
+    /health; see has_certificate(). One that cannot be verified is not.
+    """
+
+    def __init__(self, cert: str, key: str = "", client_ca: str = "") -> None:
+        """Arguments are paths of PEM files; "" as ``key`` if it is in ``cert``, as ``client_ca`` for everybody.
+
+        Raises:
+            ValueError: if a file cannot be read or used.
+        """
+        self._paths = (cert, key, client_ca)
+        self.wants_certificate = bool(client_ca)
+        self.context = self._load()
+        """For the next connection. Replaced, never changed: connections that exist keep theirs."""
+
+    def reload(self) -> None:
+        """Read the files again. What was read before stays in use if that fails.
+
+        Raises:
+            ValueError: if a file cannot be read or used.
+        """
+        self.context = self._load()
+
+    def _load(self) -> ssl.SSLContext:
+        cert, key, client_ca = self._paths
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        _prepare_tls(context)
+        # No resumption: connections are few and long, and a ticket would outlive the certificates that it stands for.
+        context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET
+        _load_certificate(context, cert, key)
+        if client_ca:
+            _load_authorities(context, client_ca)
+            context.verify_mode = ssl.CERT_OPTIONAL
+        return context
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1365,6 +1484,7 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     if "callback" in values:
         values["callback"] = values["callback"].with_session_id(environ.get("SOCKERLESS_CONTAINER_ID", ""))
     config = Config(**values, command=tuple(command))
+    _check_tls(config)
     if config.probe:
         if not config.addr.path and not config.addr.port:
             raise ConfigError("flag --probe: --addr has no port to ask at")
@@ -1385,6 +1505,33 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     if any(not char.isprintable() or char == " " for char in config.token):
         raise ConfigError("the bearer token contains white space or a control character")
     return config
+
+
+def _check_tls(config: Config) -> None:
+    """Raises ConfigError if the flags do not fit together, or a file cannot be used."""
+    for flag, needs in (("tls-key", "tls-cert"), ("tls-client-ca", "tls-cert"), ("callback-key", "callback-cert")):
+        if getattr(config, flag.replace("-", "_")) and not getattr(config, needs.replace("-", "_")):
+            raise ConfigError(f"flag --{flag}: it needs --{needs}")
+    if config.tls_cert and config.callback:
+        raise ConfigError("flag --tls-cert: in reverse mode nothing listens; --callback-cert is for that")
+    if config.tls_cert and config.addr.path:
+        raise ConfigError("flag --tls-cert: a unix socket needs no TLS")
+    try:
+        if config.tls_cert:
+            flag = "tls-cert"
+            ServerTLS(config.tls_cert, config.tls_key)
+            flag = "tls-client-ca"
+            ServerTLS(config.tls_cert, config.tls_key, config.tls_client_ca)
+        if config.callback.secure:
+            flag = "callback-ca"
+            make_client_tls(config.callback_ca)
+            flag = "callback-cert"
+            make_client_tls(config.callback_ca, config.callback_cert, config.callback_key)
+        elif config.callback and (config.callback_ca or config.callback_cert):
+            flag = "callback-ca" if config.callback_ca else "callback-cert"
+            raise ValueError("it is for a callback URL that starts with https: or wss:")
+    except ValueError as exc:
+        raise ConfigError(f"flag --{flag}: {exc}") from None
 
 
 class LogFormatter(logging.Formatter):
@@ -2396,6 +2543,16 @@ def find_processes(children: Sequence[Child] | None, known: Iterable[_ProcessInf
         found |= {process for process in processes if process.parent in pids}
         pids = {process.pid for process in found}
     return found
+
+
+def handles_signal(child: Child, number: int) -> bool:
+    """Whether a child has a handler for a signal, so that it would not merely end of it; proc_pid_status(5)."""
+    try:
+        with open(f"/proc/{child.pid}/status", "rb") as file:
+            caught = next(line for line in file if line.startswith(b"SigCgt:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def _signal_process(process: _ProcessInfo, number: int) -> None:
@@ -6059,6 +6216,21 @@ CONTROL_SIZE = 16  # bytes; a ping or pong of ours is smaller, a message is not
 IOV_MAX = 1024  # buffers in one sendmsg(2), see <limits.h>
 
 
+def _in_words(exc: BaseException) -> str:
+    return exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+
+
+def explain_tls_failure(exc: BaseException) -> str:
+    """Why there is no TLS connection to a server, in words; empty if that is not the reason."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {exc.verify_message}"
+    if not isinstance(exc, ssl.SSLError):
+        return ""
+    if exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):  # the latter since OpenSSL 3.2
+        return "it does not speak TLS there"
+    return f"TLS: {(exc.reason or str(exc)).lower().replace('_', ' ')}"
+
+
 class TLSStream:
     """An SSLSocket that one thread reads while another writes.
 
@@ -6072,13 +6244,18 @@ class TLSStream:
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
         self._sock = sock
-        self._lock = threading.Lock()  # guards _sock's OpenSSL state
+        self._lock = threading.Lock()  # guards _sock's OpenSSL state, and _closed
+        self.error: ssl.SSLError | None = None
+        """What ended the reading, such as the alert with which a server refuses a certificate."""
+        self._closed = False  # both sides have said goodbye: what comes now is no TLS, and SSLSocket would take it
         sock.settimeout(0)
 
     def recv(self, size: int) -> bytes:
         while True:
             try:
                 with self._lock:
+                    if self._closed:
+                        return b""
                     return self._sock.recv(max(size, self.RECORD))  # a whole record: nothing stays behind in OpenSSL
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)
@@ -6086,12 +6263,17 @@ class TLSStream:
                 self._wait(select.POLLOUT)
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return b""
+            except ssl.SSLError as exc:
+                self.error = exc
+                raise
 
     def sendall(self, data: BytesLike) -> None:
         view = memoryview(data)
         while view:
             try:
                 with self._lock:
+                    if self._closed:
+                        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
                     count = self._sock.send(view[: self.RECORD])
                 view = view[count:]
             except ssl.SSLWantReadError:
@@ -6104,13 +6286,25 @@ class TLSStream:
         self.sendall(data)
         return len(data)
 
+    def peer_certificate(self) -> dict[str, Any]:
+        """What SSLSocket.getpeercert() says of a certificate that was verified; empty without one."""
+        with self._lock:
+            return self._sock.getpeercert() or {}
+
     def _wait(self, event: int) -> None:
         poller = select.poll()
         poller.register(self._sock, event)
         poller.poll()
 
     def shutdown(self, how: int) -> None:
-        """shutdown(2). SSLSocket's own would go on in plain text, which the other thread might be sending."""
+        """shutdown(2), for SHUT_WR with TLS's own goodbye before it: without one the end might be an attacker's.
+
+        SSLSocket's own would go on in plain text, which the other thread might be sending.
+        """
+        if how == socket.SHUT_WR:
+            with self._lock, contextlib.suppress(OSError, ValueError):
+                self._sock.unwrap()  # says goodbye; SSLWantReadError while the peer has not
+                self._closed = True
         socket.socket.shutdown(self._sock, how)
 
     def close(self) -> None:
@@ -6273,6 +6467,24 @@ class QueuedConnection(WebSocket):
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.outbox.end()
+
+
+class DialledWebSocket(QueuedConnection, ClientConnection):
+    """A connection that this side dialled."""
+
+    masked = True
+
+    def handshake(self, *args: Any, **kwargs: Any) -> None:
+        """As the library's. In TLS 1.3 a server refuses a certificate only after the client's part of the TLS
+        handshake: for the library the answer ends early, here it is the SSLError that says why.
+        """
+        try:
+            super().handshake(*args, **kwargs)
+        except Exception as exc:
+            stream: object = self.socket
+            if isinstance(stream, TLSStream) and stream.error is not None:
+                raise stream.error from exc
+            raise
 
 
 def _drop(buffers: list[BytesLike], count: int) -> None:
@@ -7266,6 +7478,7 @@ def _own_figures() -> Iterator[tuple[str, str, str, float]]:
 
 LISTEN_BACKLOG = 1024
 HANDSHAKE_TIMEOUT = 10.0  # seconds
+REFUSAL_LINGER = 1.0  # seconds
 ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor or thread left
 
 
@@ -7352,16 +7565,80 @@ def accept_forever(listener: socket.socket, handler: Callable[[socket.socket, An
             time.sleep(ACCEPT_PAUSE)
 
 
+def name_of(sock: socket.socket) -> str:
+    """Whoever is at the other end, for the log: its address, and its certificate's name if it showed one."""
+    try:
+        where = sock.getpeername() if sock.family != socket.AF_UNIX else ""
+    except OSError:  # it has left already; what it sent before counts all the same
+        return "a peer that has left"
+    name = str(Address(*where[:2])) if where else "unix socket"
+    certificate = peer_certificate(sock)
+    names = [value for part in certificate.get("subject", ()) for kind, value in part if kind == "commonName"]
+    names += [value for _, value in certificate.get("subjectAltName", ())]
+    return f"{name} ({names[0] if names else 'a certificate without a name'})" if certificate else name
+
+
+def peer_certificate(sock: socket.socket) -> dict[str, Any]:
+    """The certificate that a client showed and that was verified; empty without one."""
+    stream: object = sock  # a TLSStream where QueuedConnection made one
+    return stream.peer_certificate() if isinstance(stream, TLSStream) else {}
+
+
+NO_TLS_HERE = (
+    b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n"
+    b"Content-Length: 48\r\n\r\nthis port speaks TLS: use https: or wss: for it\n"
+)
+
+
+def _linger(sock: socket.socket) -> None:
+    """Give the peer a moment to read why it is refused: a close with something unread would be a reset, see tcp(7)."""
+    deadline = time.monotonic() + REFUSAL_LINGER
+    socket.socket.shutdown(sock, socket.SHUT_WR)
+    while (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+        if not socket.socket.recv(sock, READ_SIZE):
+            return
+
+
+def start_tls(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket | None:
+    """A TLS server's handshake, for HANDSHAKE_TIMEOUT at most; None, and a line in the log, if it fails."""
+    name = name_of(sock)
+    try:
+        with contextlib.ExitStack() as closing:
+            closing.callback(sock.close)
+            secure = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            closing.callback(secure.close)
+            secure.settimeout(HANDSHAKE_TIMEOUT)
+            try:
+                secure.do_handshake()
+            except ssl.SSLError as exc:
+                if exc.reason == "HTTP_REQUEST":
+                    socket.socket.send(secure, NO_TLS_HERE)
+                _linger(secure)
+                raise
+            secure.settimeout(None)
+            closing.pop_all()
+            return secure
+    except TimeoutError:
+        log.info("client refused: no TLS handshake within %g s", HANDSHAKE_TIMEOUT, extra={"peer": name})
+    except OSError as exc:
+        why = getattr(exc, "verify_message", "") or getattr(exc, "reason", "") or exc.strerror or str(exc)
+        log.info("client refused: the TLS handshake failed: %s", why.lower().replace("_", " "), extra={"peer": name})
+    return None
+
+
 def make_handler(
     serve_connection: Callable[[ServerConnection], None],
     listener: socket.socket,
     speaks_version_2: Callable[[ServerConnection], bool] = lambda connection: True,
+    tls: Callable[[], ssl.SSLContext] | None = None,
     **options: Any,
 ) -> tuple[socket.socket, Callable[[socket.socket, Any], None]]:
-    """What accept_forever() needs: the socket to accept from, and websockets' handler of one connection.
+    """What accept_forever() needs: the socket to accept from, and a handler of one connection.
 
     Args:
         speaks_version_2: whether version 2 is selected for a client that offers it; no client has to.
+        tls: called for each connection, in its thread: what to speak TLS with.
         options: as for websockets.sync.server.serve().
     """
 
@@ -7386,7 +7663,14 @@ def make_handler(
             os.close(end)
         else:
             end.close()
-    return server.socket, server.handler  # with TLS another socket
+
+    def handle(sock: socket.socket, where: Any) -> None:
+        if tls is None:
+            server.handler(sock, where)
+        elif secure := start_tls(sock, tls()):
+            server.handler(secure, where)
+
+    return server.socket, handle
 
 
 def close_listener(listener: socket.socket) -> None:
@@ -7445,9 +7729,14 @@ class Server:
         self._main = main
         self._metrics = Metrics(runtime, registry, main)
         self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout)
+        self._tls: ServerTLS | None = None
+        if config.tls_cert:
+            self._tls = ServerTLS(config.tls_cert, config.tls_key, config.tls_client_ca)
+        tls = self._tls
         self._socket, self._handler = make_handler(
             self._serve_peer,
             open_listener(config.addr),
+            tls=None if tls is None else lambda: tls.context,
             process_request=self._process_request,
             process_response=self._process_response,
             server_header=f"sockerless-agent/{__version__}",
@@ -7466,11 +7755,22 @@ class Server:
     def start(self) -> None:
         arguments = (self._socket, self._handler, self._runtime.pool)
         threading.Thread(target=accept_forever, args=arguments, name="acceptor", daemon=True).start()
-        log.info("listening on %s", self.address)
+        log.info("listening on %s%s", self.address, " with TLS" if self._tls is not None else "")
         config = self._runtime.config
-        if not config.token and not config.addr.is_local:
+        if not config.token and not config.tls_client_ca and not config.addr.is_local:
             log.warning("NO TOKEN IS SET: whoever reaches %s can run commands here; "
                         "set SOCKERLESS_AGENT_TOKEN or --token-file", self.address)  # fmt: skip
+
+    def reload(self) -> None:
+        """Read the certificates again. Connections that exist stay as they are; what cannot be used is not."""
+        if self._tls is None:
+            return
+        try:
+            self._tls.reload()
+        except ValueError as exc:
+            log.error("TLS goes on with the certificates that it has: %s", exc)
+        else:
+            log.info("TLS: new connections get the certificates that were read now")
 
     def close(self) -> None:
         """Accept no more connections. Those that exist stay."""
@@ -7481,11 +7781,7 @@ class Server:
 
     def _serve_peer(self, connection: ServerConnection) -> None:
         assert isinstance(connection, ServerWebSocket)
-        try:
-            where = connection.socket.getpeername() if connection.socket.family != socket.AF_UNIX else ""
-            name = str(Address(*where[:2])) if where else "unix socket"
-        except OSError:  # it has left already; what it sent before counts all the same
-            name = "a peer that has left"
+        name = name_of(connection.socket)
         connection.start_writer(self._runtime.pool)
         self._heartbeat.add(connection)
         try:
@@ -7505,6 +7801,10 @@ class Server:
             return response
         if path == "/health":
             return self._answer(connection, json.dumps(self._registry.describe_health()) + "\n", "application/json")
+        if self._tls is not None and self._tls.wants_certificate and not peer_certificate(connection.socket):
+            self._runtime.counters.count(AUTH_FAILURES, "certificate")
+            log.warning("client refused: no certificate", extra={"peer": name_of(connection.socket)})
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "a client certificate is needed\n")
         token = self._runtime.config.token
         if token and not hmac.compare_digest(bearer_token(request), token.encode("utf-8", "surrogateescape")):
             self._runtime.counters.count(AUTH_FAILURES, "token")
@@ -7544,10 +7844,9 @@ STEADY_AFTER = 10.0  # seconds after which a connection counts as one that held
 GHOST_DROP = 5.0  # seconds within which a backend drops a dial whose predecessor it still has
 
 
-class DialerSocket(QueuedConnection, ClientConnection):
-    """A connection that this agent dialled."""
+class DialerSocket(DialledWebSocket):
+    """A connection to a backend."""
 
-    masked = True
     paced = True
 
 
@@ -7580,6 +7879,9 @@ class ReverseDialer:
     def start(self) -> None:
         log.info("reverse mode: dialling %s", self._runtime.config.callback)
         threading.Thread(target=self._run, name="dialer", daemon=True).start()
+
+    def reload(self) -> None:
+        """The certificates are read again at each dial."""
 
     def close(self) -> None:
         """Dial no more. The connection that exists stays, and one that is on its way is waited for a little."""
@@ -7631,7 +7933,7 @@ class ReverseDialer:
         config = self._runtime.config
         context = None
         if config.callback.secure:
-            context = ssl.create_default_context(cafile=config.callback_ca or None)
+            context = make_client_tls(config.callback_ca, config.callback_cert, config.callback_key)
         headers = {INSTANCE_HEADER: self._registry.instance}
         connection = connect(
             config.callback.url,
@@ -7684,8 +7986,7 @@ class ReverseDialer:
             return f"HTTP status {status}{meaning}"
         if isinstance(exc, TimeoutError):
             return f"no answer within {HANDSHAKE_TIMEOUT:g} s"
-        cause = exc.__cause__ or exc
-        return cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+        return explain_tls_failure(exc) or _in_words(exc.__cause__ or exc)
 
     def _wait_after(self, failure: str) -> bool:
         """Wait for the next try; False if there is to be none."""
@@ -7771,7 +8072,7 @@ class Agent:
         if self._health is not None:
             self._runtime.pool.submit(self._health.run)
         front.start()
-        event = self._wait()
+        event = self._wait(front)
         self._stop_main(signal.SIGTERM if event == BACKEND_GIVEN_UP else event)
         return self._end(front, failed=event == BACKEND_GIVEN_UP)
 
@@ -7802,7 +8103,7 @@ class Agent:
         main.call_on_exit(lambda: self._events.put(MAIN_ENDED))
         main.start()
 
-    def _wait(self) -> int:
+    def _wait(self, front: Server | ReverseDialer) -> int:
         """Wait for what ends the agent, and return it: a signal, MAIN_ENDED or BACKEND_GIVEN_UP."""
         ends_with_main = self._config.exit_with_main or bool(self._config.callback)
         while True:
@@ -7814,7 +8115,11 @@ class Agent:
                 return event
             if event == BACKEND_GIVEN_UP or (event == MAIN_ENDED and ends_with_main):
                 return event
-            if event > 0 and self._main is not None and not self._main.exited.is_set():
+            if event == signal.SIGHUP and self._config.reloadable:
+                self._runtime.pool.submit(front.reload)
+                if self._main is not None and self._main.child is not None and handles_signal(self._main.child, event):
+                    self._signal_main(event)
+            elif event > 0 and self._main is not None and not self._main.exited.is_set():
                 self._signal_main(event)
                 # Ctrl-C: a main process that handles it goes on; else both have been told to end.
                 ends_with_main |= event == signal.SIGINT
@@ -7920,11 +8225,17 @@ class Agent:
 PROBE_TIMEOUT = 10.0  # seconds
 
 
-def probe(address: Address) -> str:
+def probe(address: Address, tls: bool) -> str:
     """Ask an agent for its health, as a HEALTHCHECK in an image that has no curl; returns what is wrong, or nothing."""
     import http.client  # only here: an agent that serves has no use for it
 
-    connection = http.client.HTTPConnection(address.host or "127.0.0.1", address.port, timeout=PROBE_TIMEOUT)
+    where = (address.host or "127.0.0.1", address.port)
+    connection = http.client.HTTPConnection(*where, timeout=PROBE_TIMEOUT)
+    if tls:
+        # Not verified, as by Kubernetes' probes: the certificate is for the name by which others know the container.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(*where, timeout=PROBE_TIMEOUT, context=context)
     try:
         if address.path:
             connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -7970,7 +8281,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(f"sockerless-agent: {exc}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     if config.probe:
-        fault = probe(config.addr)
+        fault = probe(config.addr, bool(config.tls_cert))
         if fault:
             print(fault)
         sys.exit(EXIT_FAILURE if fault else 0)

@@ -54,7 +54,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.frames import CloseCode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
-from websockets.sync.client import ClientConnection, connect, unix_connect
+from websockets.sync.client import connect, unix_connect
 from websockets.sync.server import ServerConnection
 
 from agent import (
@@ -73,6 +73,7 @@ from agent import (
     Call,
     Channel,
     CloseStdin,
+    DialledWebSocket,
     End,
     Error,
     Event,
@@ -97,6 +98,7 @@ from agent import (
     Resize,
     Resume,
     Resumed,
+    ServerTLS,
     ServerWebSocket,
     Sessions,
     Signal,
@@ -114,13 +116,16 @@ from agent import (
     decode_data_frame,
     decode_event,
     decode_request,
+    explain_tls_failure,
     is_foreign_page,
+    make_client_tls,
     make_handler,
     open_listener,
     pack,
     parse_address,
     parse_duration,
     parse_signal,
+    peer_certificate,
     stat_path,
 )
 
@@ -136,9 +141,11 @@ __all__ = [
     "DockerStreamError",
     "ReverseAgentConn",
     "ReverseListener",
+    "ServerTLS",
     "SessionError",
     "Unauthorized",
     "encode_docker_frame",
+    "make_client_tls",
 ]
 
 log = logging.getLogger("sockerless.client")
@@ -274,12 +281,6 @@ class DockerStreamDecoder:
 
 _pool = ThreadPool()
 _heartbeat = Heartbeat(PING_INTERVAL, PING_TIMEOUT)
-
-
-class ClientWebSocket(QueuedConnection, ClientConnection):
-    """A connection that this side dialled; its sending never blocks its receiving."""
-
-    masked = True
 
 
 class SessionReceiver(Protocol):
@@ -530,6 +531,7 @@ class AgentConn:
         addr: str = DEFAULT_ADDRESS,
         token: str | None = None,
         *,
+        tls: ssl.SSLContext | None = None,
         timeout: float = OPEN_TIMEOUT,
         patience: float = RESUME_PATIENCE,
     ) -> AgentConn:
@@ -538,6 +540,8 @@ class AgentConn:
         Args:
             addr: ``host:port``, ``unix:/path``, or a ``ws://`` or ``wss://`` URL.
             token: the bearer token, if the agent has one.
+            tls: what to trust and to show, see :func:`make_client_tls`; ``host:port`` is dialled with TLS then.
+                Without it a ``wss://`` URL's server must have a certificate that the system trusts.
             timeout: seconds for the connection and the handshake.
             patience: seconds for which a lost connection is made again, if sessions run on it and the agent
                 speaks version 2; 0 for not at all. The agent keeps them for its ``--resume-window``.
@@ -547,7 +551,7 @@ class AgentConn:
             ConnectFailed: if there is no agent, or it does not answer.
             ValueError: if ``addr`` is none.
         """
-        return cls(_dial(addr, token, timeout), lambda: _dial(addr, token, timeout), patience)
+        return cls(_dial(addr, token, timeout, tls), lambda: _dial(addr, token, timeout, tls), patience)
 
     def close(self) -> None:
         """Close the connection. Commands that run on it are ended."""
@@ -1244,14 +1248,14 @@ class AgentConn:
 
 def _instance(connection: QueuedConnection) -> str:
     """Which agent it is, "" if that has not said so: another than before has none of its sessions."""
-    head = connection.response if isinstance(connection, ClientConnection) else connection.request
+    head = connection.response if isinstance(connection, DialledWebSocket) else connection.request
     return head.headers.get(INSTANCE_HEADER, "") if head is not None else ""
 
 
-def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
+def _dial(addr: str, token: str | None, timeout: float, tls: ssl.SSLContext | None) -> DialledWebSocket:
     headers = {"Authorization": f"Bearer {token}"} if token else None
     options: dict[str, Any] = {
-        "create_connection": ClientWebSocket,
+        "create_connection": DialledWebSocket,
         "additional_headers": headers,
         "compression": None,
         "open_timeout": timeout,
@@ -1260,7 +1264,9 @@ def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
         "max_size": MAX_MESSAGE_SIZE,
         "subprotocols": [SUBPROTOCOL],
     }
-    where, url, options["proxy"] = _locate(addr)
+    where, url, options["proxy"] = _locate(addr, tls is not None)
+    if url.startswith("wss:"):
+        options["ssl"] = tls or make_client_tls()
     try:
         made = unix_connect(where, url, **options) if where else connect(url, **options)
         # Entered by hand, since the connection outlives this function; releases
@@ -1272,6 +1278,8 @@ def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
             fault = "refuses the token" if token else "wants a token, and none was given"
             raise Unauthorized(f"{addr}: the agent {fault}") from None
         said = (exc.response.body or b"")[:200].decode("utf-8", "replace").strip()
+        if status == 403:
+            raise Unauthorized(f"{addr}: the agent forbids it: {said}") from None
         if status == 404 and "agent" not in said:
             said = "no agent is there; one has /ws"
         raise ConnectFailed(f"{addr}: answered with HTTP status {status}{said and ': '}{said}") from None
@@ -1279,22 +1287,35 @@ def _dial(addr: str, token: str | None, timeout: float) -> ClientWebSocket:
         raise ConnectFailed(f"{addr}: no answer within {timeout:g} s") from None
     # ImportError: a SOCKS proxy, which needs a package that is not here.
     except (OSError, EOFError, WebSocketException, ImportError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        raise ConnectFailed(f"{addr}: {reason}") from exc
-    assert isinstance(connection, ClientWebSocket)
+        raise ConnectFailed(f"{addr}: {_reason(exc)}") from exc
+    assert isinstance(connection, DialledWebSocket)
     return connection
 
 
-def _locate(addr: str) -> tuple[str, str, bool | None]:
-    """A unix socket's path or "", the URL, and whether the environment may name a proxy."""
+def _reason(exc: BaseException) -> str:
+    """Why there is no connection, in words."""
+    return explain_tls_failure(exc) or (exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc))
+
+
+def _locate(addr: str, tls: bool = False) -> tuple[str, str, bool | None]:
+    """A unix socket's path or "", the URL, and whether the environment may name a proxy.
+
+    Raises:
+        ValueError: if ``addr`` is none, or ``tls`` is wanted where it cannot be.
+    """
     if addr.startswith(("ws://", "wss://")):
-        host = urllib.parse.urlsplit(addr).hostname or ""
-        return "", addr, None if Address(host).is_local else True
+        parts = urllib.parse.urlsplit(addr)
+        if tls and parts.scheme == "ws":
+            raise ValueError(f"TLS needs a wss:// URL, not {addr}")
+        url = addr if parts.path.strip("/") else parts._replace(path="/ws").geturl()
+        return "", url, None if Address(parts.hostname or "").is_local else True
     address = parse_address(addr)
     if address.path:
+        if tls:
+            raise ValueError(f"no TLS is spoken on a unix socket: {addr}")
         return address.path, "ws://localhost/ws", None
     reachable = Address(address.host or "127.0.0.1", address.port)
-    return "", f"ws://{reachable}/ws", None if reachable.is_local else True
+    return "", f"{'wss' if tls else 'ws'}://{reachable}/ws", None if reachable.is_local else True
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -2097,7 +2118,7 @@ class ReverseListener:
         port: int = 0,
         *,
         token: str | Callable[[str], str | None] | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: ssl.SSLContext | ServerTLS | None = None,
         path: str | None = None,
         on_joined: Callback | None = None,
         on_left: Callback | None = None,
@@ -2109,12 +2130,14 @@ class ReverseListener:
             host: "" for every interface.
             port: 0 for one that the system chooses, see ``port``.
             token: what agents and clients must show; or a function that gives each id's token, None to refuse it.
+            tls: a server's context; or a ServerTLS, which can be reloaded and asks for client certificates.
             path: the one path on which agents may dial; None for any.
 
         Raises:
             OSError: if the address is in use or does not exist.
         """
         self._token = token
+        self._tls = tls
         self._path = path
         self._on_joined, self._on_left, self._on_lifetime_expired = on_joined, on_left, on_lifetime_expired
         self._changed = threading.Condition()  # guards the attributes below
@@ -2128,7 +2151,7 @@ class ReverseListener:
             self._serve,
             listener,
             self._speaks_version_2,
-            ssl=tls,
+            tls=None if tls is None else lambda: tls.context if isinstance(tls, ServerTLS) else tls,
             process_request=self._process_request,
             process_response=self._process_response,
             server_header=f"sockerless-agent-client/{__version__}",
@@ -2198,6 +2221,9 @@ class ReverseListener:
         elif client_of is None and ((self._path is not None and path != self._path) or not agent_id):
             status = http.HTTPStatus.BAD_REQUEST if not agent_id else http.HTTPStatus.NOT_FOUND
             return connection.respond(status, "an agent's query names it: ?id=... or ?session_id=...\n")
+        if isinstance(self._tls, ServerTLS) and self._tls.wants_certificate and not peer_certificate(connection.socket):
+            log.warning("refused %s: no certificate", agent_id or path)
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "a client certificate is needed\n")
         token = self._token(agent_id) if callable(self._token) else self._token
         if token is None and callable(self._token):  # an id that the function does not know
             token = secrets.token_hex()
@@ -2861,8 +2887,13 @@ def _make_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--token-file", metavar="PATH", help="read the bearer token from PATH (or SOCKERLESS_AGENT_TOKEN)"
     )
-    common.add_argument("--via", metavar="HOST:PORT", help="through the listener there, which the agent has dialled")
+    common.add_argument(
+        "--via", metavar="HOST:PORT", help="through the listener there, which the agent has dialled; or its wss:// URL"
+    )
     common.add_argument("--agent", metavar="ID", help="with --via: the agent's id")
+    common.add_argument("--ca", metavar="PATH", help="speak TLS, and trust the certificates in PATH (PEM), no others")
+    common.add_argument("--cert", metavar="PATH", help="speak TLS, and show the certificate in PATH (PEM)")
+    common.add_argument("--key", metavar="PATH", help="its private key (default: in the same file)")
     session = _Parser(add_help=False, parents=[common])
     session.add_argument("-i", "--interactive", action="store_true", help="forward stdin")
     session.add_argument("-t", "--tty", action="store_true", help="on a terminal")
@@ -2911,6 +2942,11 @@ def _make_parser() -> argparse.ArgumentParser:
     listen.add_argument("--addr", default=":8080", help="where to listen (default: %(default)s)")
     listen.add_argument(
         "--token-file", metavar="PATH", help="read the token that agents and clients must show from PATH"
+    )
+    listen.add_argument("--tls-cert", metavar="PATH", help="speak TLS, with the certificate in PATH; SIGHUP reloads it")
+    listen.add_argument("--tls-key", metavar="PATH", help="its private key (default: in the same file)")
+    listen.add_argument(
+        "--tls-client-ca", metavar="PATH", help="agents and clients must have a certificate that one in PATH has issued"
     )
     commands.add_parser("ps", parents=[common], help="list what runs in the container")
     stats = commands.add_parser("stats", parents=[common], help="print what it uses: CPU, memory, I/O")
@@ -2966,14 +3002,25 @@ def _dial_as_told(options: argparse.Namespace) -> AgentConn:
     if (options.via is None) != (options.agent is None):
         raise ClientError("--via and --agent go together")
     addr = options.addr
+    tls = _tls_as_told(options)
     if options.via is not None:
-        address = parse_address(options.via)
-        where = Address(address.host or "127.0.0.1", address.port)
-        addr = f"ws://{where}/agents/{urllib.parse.quote(options.agent, safe='')}/ws"
+        where, url, _ = _locate(options.via, tls is not None)
+        if where:
+            raise ClientError(f"--via: a listener is at HOST:PORT, not at {options.via}")
+        path = f"/agents/{urllib.parse.quote(options.agent, safe='')}/ws"
+        addr = urllib.parse.urlsplit(url)._replace(path=path).geturl()
     patience = getattr(options, "reconnect", RESUME_PATIENCE)
-    conn = AgentConn.dial(addr, _read_token(options), patience=patience)
+    conn = AgentConn.dial(addr, _read_token(options), tls=tls, patience=patience)
     conn.on_outage = _show_outage
     return conn
+
+
+def _tls_as_told(options: argparse.Namespace) -> ssl.SSLContext | None:
+    if options.key and not options.cert:
+        raise ClientError("--key needs --cert")
+    return (
+        make_client_tls(options.ca or "", options.cert or "", options.key or "") if options.ca or options.cert else None
+    )
 
 
 def _show_outage(lost: bool) -> None:
@@ -2986,9 +3033,15 @@ def _show_outage(lost: bool) -> None:
 
 def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     address = parse_address(options.addr)
+    tls = None
+    if options.tls_cert:
+        tls = ServerTLS(options.tls_cert, options.tls_key or "", options.tls_client_ca or "")
+    elif options.tls_key or options.tls_client_ca:
+        raise ClientError(f"--{'tls-key' if options.tls_key else 'tls-client-ca'} needs --tls-cert")
 
     # Before any thread exists, so that each inherits it and sigwait() alone gets them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    awaited = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if tls is not None else set())
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
 
     saying = threading.Lock()  # held while a line is printed: print() writes it in two parts
 
@@ -3003,14 +3056,19 @@ def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         address.host,
         address.port,
         token=_read_token(options) or None,
+        tls=tls,
         on_joined=say("joined"),
         on_left=say("left"),
         on_lifetime_expired=say("says that its platform is about to end it"),
     ) as listener:
         print(f"listening on {Address(address.host, listener.port)}", flush=True)
-        if not _read_token(options) and not address.is_local:
+        if not _read_token(options) and not options.tls_client_ca and not address.is_local:
             log.warning("NO TOKEN IS SET: whoever reaches this can run commands in every agent that dials in")
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        while signal.sigwait(awaited) == signal.SIGHUP and tls is not None:
+            try:
+                tls.reload()
+            except ValueError as exc:
+                log.warning("TLS goes on with the certificates that it has: %s", exc)
     return 0
 
 
@@ -3038,22 +3096,25 @@ class _UnixHTTPConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def fetch_health(addr: str) -> dict[str, Any]:
-    """What ``GET /health`` of an agent answers.
+def fetch_health(addr: str, tls: ssl.SSLContext | None = None) -> dict[str, Any]:
+    """What ``GET /health`` of an agent answers; arguments are those of :meth:`AgentConn.dial`.
 
     Raises:
         ConnectFailed: if there is no agent, or it does not answer.
         ValueError: if ``addr`` is none.
     """
-    if addr.startswith("ws://"):
-        parts = urllib.parse.urlsplit(addr)
-        addr = str(Address(parts.hostname or "", parts.port or 80))
-    address = parse_address(addr)
-    connection = (
-        _UnixHTTPConnection(address.path, OPEN_TIMEOUT)
-        if address.path
-        else http.client.HTTPConnection(address.host or "127.0.0.1", address.port, timeout=OPEN_TIMEOUT)
-    )
+    path, url, _ = _locate(addr, tls is not None)
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or "127.0.0.1"
+    connection: http.client.HTTPConnection
+    if path:
+        connection = _UnixHTTPConnection(path, OPEN_TIMEOUT)
+    elif parts.scheme == "wss":
+        connection = http.client.HTTPSConnection(
+            host, parts.port or 443, timeout=OPEN_TIMEOUT, context=tls or make_client_tls()
+        )
+    else:
+        connection = http.client.HTTPConnection(host, parts.port or 80, timeout=OPEN_TIMEOUT)
     with contextlib.closing(connection):
         try:
             connection.request("GET", "/health")
@@ -3063,8 +3124,7 @@ def fetch_health(addr: str) -> dict[str, Any]:
                 raise ConnectFailed(f"{addr}: answered with HTTP status {response.status}")
             state = json.loads(body)
         except (OSError, http.client.HTTPException) as exc:
-            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-            raise ConnectFailed(f"{addr}: {reason}") from exc
+            raise ConnectFailed(f"{addr}: {_reason(exc)}") from exc
         except ValueError:
             raise ConnectFailed(f"{addr}: its answer is not JSON") from None
     if not isinstance(state, dict):
@@ -3074,7 +3134,7 @@ def fetch_health(addr: str) -> dict[str, Any]:
 
 def _run_health(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.via is None:
-        state = fetch_health(options.addr)
+        state = fetch_health(options.addr, _tls_as_told(options))
     else:
         with _dial_as_told(options) as conn:
             state = conn.health()

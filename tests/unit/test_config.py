@@ -4,15 +4,25 @@ import dataclasses
 import math
 import re
 import signal
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
+import trustme
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import agent
 from agent import Address, Callback, Config, ConfigError, load_config, parse_address, parse_duration, parse_size
+
+# A certificate and its key, under two names.
+_directory = tempfile.TemporaryDirectory()
+PEM, PEM_TOO = (f"{_directory.name}/{name}.pem" for name in ("one", "two"))
+for path in (PEM, PEM_TOO):
+    trustme.CA(key_type=trustme.KeyType.ECDSA).issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(
+        path
+    )
 
 # For every option: a good text, the value that it means, another good text, and bad ones.
 SAMPLES = {
@@ -22,6 +32,11 @@ SAMPLES = {
     "probe": ("true", True, "1", ["yes"]),
     "callback-retries": ("0", 0, "3", ["-1", "x", "1.5"]),
     "callback-ca": (__file__, __file__, "/dev/null", ["/nonexistent/ca.pem"]),
+    "callback-cert": (__file__, __file__, "/dev/null", ["/nonexistent/cert.pem"]),
+    "callback-key": (__file__, __file__, "/dev/null", ["/nonexistent/key.pem"]),
+    "tls-cert": (PEM, PEM, PEM_TOO, ["/nonexistent/cert.pem"]),
+    "tls-key": (PEM, PEM, PEM_TOO, ["/nonexistent/key.pem"]),
+    "tls-client-ca": (PEM, PEM, PEM_TOO, ["/nonexistent/ca.pem"]),
     "lifetime": ("15m", 900.0, "1s", ["0", "15", "-1s"]),
     "lifetime-margin": ("0", 0.0, "1s", ["x"]),
     "lifetime-signal": ("TERM", signal.SIGTERM, "INT", ["TREM", "0"]),
@@ -56,7 +71,13 @@ SAMPLES = {
     "ping-interval": ("1s", 1.0, "2s", ["0"]),
     "ping-timeout": ("1s", 1.0, "2s", ["0ms"]),
 }  # fmt: skip
-NEEDS_MAIN = {"tty", "exit-with-main"}
+NEEDS = {
+    "tty": ["--keep-alive"],
+    "exit-with-main": ["--keep-alive"],
+    "callback-key": ["--callback-cert", PEM],
+    "tls-key": ["--tls-cert", PEM],
+    "tls-client-ca": ["--tls-cert", PEM],
+}
 OPTIONS = {option.name: option for option in agent.OPTIONS}
 options = pytest.mark.parametrize("name", OPTIONS)
 bad_values = pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, row in SAMPLES.items() for bad in row[3]])
@@ -80,8 +101,8 @@ def sample(token_file):
     return find
 
 
-def main_flags(name):
-    return ["--keep-alive"] if name in NEEDS_MAIN else []
+def needed_flags(name):
+    return NEEDS.get(name, [])
 
 
 def test_every_option_has_a_sample_here():
@@ -105,7 +126,7 @@ def test_a_flag_may_be_spelled_in_every_way_that_go_takes(name, dashes, joined, 
     option = OPTIONS[name]
     # A boolean takes no second word, as in Go; see below.
     flag = [f"{dashes}{name}={text}"] if joined or not option.metavar else [f"{dashes}{name}", text]
-    assert getattr(load_config([*main_flags(name), *flag], {}), option.target) == value
+    assert getattr(load_config([*needed_flags(name), *flag], {}), option.target) == value
 
 
 @options
@@ -113,20 +134,20 @@ def test_an_option_may_be_set_in_the_environment(name, sample):
     text, value, _ = sample(name)
     option = OPTIONS[name]
     assert option.variable == "SOCKERLESS_AGENT_" + name.upper().replace("-", "_")
-    assert getattr(load_config(main_flags(name), {option.variable: text}), option.target) == value
+    assert getattr(load_config(needed_flags(name), {option.variable: text}), option.target) == value
 
 
 @options
 def test_a_flag_wins_over_the_environment(name, sample):
     text, value, other = sample(name)
-    config = load_config([*main_flags(name), f"--{name}={text}"], {OPTIONS[name].variable: other})
+    config = load_config([*needed_flags(name), f"--{name}={text}"], {OPTIONS[name].variable: other})
     assert getattr(config, OPTIONS[name].target) == value
 
 
 @options
 def test_the_last_of_two_equal_flags_wins(name, sample):
     text, value, other = sample(name)
-    config = load_config([*main_flags(name), f"--{name}={other}", f"-{name}={text}"], {})
+    config = load_config([*needed_flags(name), f"--{name}={other}", f"-{name}={text}"], {})
     assert getattr(config, OPTIONS[name].target) == value
 
 
@@ -189,10 +210,10 @@ def test_a_command_without_keep_alive_is_refused():
         load_config(["node"], {})
 
 
-@pytest.mark.parametrize("name", sorted(NEEDS_MAIN))
-def test_a_flag_about_the_main_process_needs_one(name):
-    with pytest.raises(ConfigError, match=f"--{name}.*--keep-alive"):
-        load_config([f"--{name}"], {})
+@pytest.mark.parametrize("name", sorted(NEEDS))
+def test_a_flag_that_needs_another_says_so(name, sample):
+    with pytest.raises(ConfigError, match=f"--{name}.*{NEEDS[name][0]}"):
+        load_config([f"--{name}={sample(name)[0]}"], {})
 
 
 # ── refusals ──────────────────────────────────────────────────────────────────
@@ -201,14 +222,14 @@ def test_a_flag_about_the_main_process_needs_one(name):
 @bad_values
 def test_a_bad_flag_is_refused_by_its_name(name, bad):
     with pytest.raises(ConfigError, match=f"flag --{name}: "):
-        load_config([*main_flags(name), f"--{name}={bad}"], {})
+        load_config([*needed_flags(name), f"--{name}={bad}"], {})
 
 
 @bad_values
 def test_a_bad_variable_is_refused_by_its_name(name, bad):
     variable = OPTIONS[name].variable
     with pytest.raises(ConfigError, match=f"environment variable {variable}: "):
-        load_config(main_flags(name), {variable: bad})
+        load_config(needed_flags(name), {variable: bad})
 
 
 @pytest.mark.parametrize("word", ["--nonsense", "-nonsense", "---addr=:1", "--add=:1", "-a", "--nonsense=1"])
