@@ -1735,7 +1735,9 @@ SESSIONS_EXPIRED = Counter("sessions_expired_total", "Sessions ended because nob
 ERRORS = Counter("errors_total", "Errors that clients were sent.", "reason", tuple(Reason))
 CONNECTIONS_OPENED = Counter("connections_opened_total", "WebSockets opened.", "protocol", ("1", "2"))
 CONNECTIONS_CLOSED = Counter("connections_closed_total", "WebSockets that have ended.", "how", ("closed", "lost"))
-AUTH_FAILURES = Counter("auth_failures_total", "Clients turned away before the upgrade.", "reason", ("token", "origin"))
+AUTH_FAILURES = Counter(
+    "auth_failures_total", "Clients turned away before the upgrade.", "reason", ("token", "origin", "certificate")
+)
 COUNTERS = (
     SESSIONS_STARTED, SESSIONS_ENDED, SESSIONS_PARKED, SESSIONS_RESUMED, SESSIONS_EXPIRED, ERRORS, CONNECTIONS_OPENED,
     CONNECTIONS_CLOSED, AUTH_FAILURES,
