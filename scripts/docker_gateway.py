@@ -1111,6 +1111,7 @@ class Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         self._pid = 0
+        self._lock = threading.Lock()  # guards _pidfd, and is held while it is waited on
         self._pidfd = -1
         if sock.family == socket.AF_UNIX:
             packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -1120,23 +1121,25 @@ class Peer:
                 self._pidfd = os.pidfd_open(self._pid)
 
     def close(self) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        with self._lock:
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
 
     def left_on_purpose(self) -> bool:
         """Whether the process closed the connection itself and then exited as after the detach keys.
 
         Waits PATIENCE seconds for that.
         """
-        if self._pidfd < 0:
-            return False
-        closed_itself = not self._is_exiting()
-        poller = select.poll()
-        poller.register(self._pidfd, select.POLLIN)
-        if not poller.poll(self.PATIENCE * 1000):
-            return False
-        status = self._exit_status()
+        with self._lock:
+            if self._pidfd < 0:
+                return False
+            closed_itself = not self._is_exiting()
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            if not poller.poll(self.PATIENCE * 1000):
+                return False
+            status = self._exit_status()
         return closed_itself if status is None else os.WIFEXITED(status) and os.WEXITSTATUS(status) == 1
 
     def _stat(self) -> list[str]:
@@ -1551,7 +1554,7 @@ class Bridge:
             try:
                 for stream, data in output if output is not None else self._session.queue:
                     self.send(stream, data)
-                if not self.left:
+                if self._leave():  # from now on a client that closes has only seen the end
                     self._tell_failure()
             except OSError:
                 self._gone()

@@ -79,18 +79,18 @@ class Connection:
 
     def read_rest(self) -> bytes:
         """What comes until the other side closes."""
-        data, self._buffer = self._buffer, b""
-        while part := self.sock.recv(65536):
-            data += part
-        return data
+        parts, self._buffer = [self._buffer], b""
+        while part := self.sock.recv(1 << 20):
+            parts.append(part)
+        return b"".join(parts)
 
     def frames(self) -> list[tuple[int, bytes]]:
-        """The rest as frames of Docker's multiplexed stream, those of a stream in a row put together."""
-        data, found = self.read_rest(), []
-        while data:
-            stream, size = struct.unpack(">BxxxL", data[:8])
-            found.append((stream, data[8 : 8 + size]))
-            data = data[8 + size :]
+        """The rest as frames of Docker's multiplexed stream."""
+        data, start, found = self.read_rest(), 0, []
+        while start < len(data):
+            stream, size = struct.unpack_from(">BxxxL", data, start)
+            found.append((stream, data[start + 8 : start + 8 + size]))
+            start += 8 + size
         return found
 
     def create(self, *cmd: str, **options: object) -> str:
