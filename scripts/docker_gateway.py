@@ -2633,9 +2633,9 @@ def put_archive(call: Call, name: str) -> None:
     container = call.gateway.find(name)
     conn = container.modern_connection("cp")
     path = archive_path(call)
-    process = conn.archive_put(
-        path, no_overwrite_dir_non_dir=call.flag("noOverwriteDirNonDir"), copy_uid_gid=call.flag("copyUIDGID")
-    )
+    # With copyUIDGID dockerd gives everything to the user that the container was created with, if there was one: the
+    # containers here have none. Without it, and here in any case, owners are those that the archive names.
+    process = conn.archive_put(path, no_overwrite_dir_non_dir=call.flag("noOverwriteDirNonDir"))
     try:
         feed_archive(call, process)
         process.wait()

@@ -19,6 +19,7 @@ from docking import DEADLINE, Gateway, Terminal
 from support import AGENT, TOKEN, Agent, eventually
 
 Box = tuple[Agent, Gateway]
+JSON = "{{json .}}"  # what every version of the client understands
 OpenTerminal = Callable[..., Terminal]
 
 
@@ -26,9 +27,9 @@ OpenTerminal = Callable[..., Terminal]
 
 
 def test_version_and_info_are_shown(gateway: Gateway) -> None:
-    version = gateway.json("version", "--format", "json")
+    version = gateway.json("version", "--format", JSON)
     assert version["Server"]["ApiVersion"] == "1.47"
-    info = gateway.json("info", "--format", "json")
+    info = gateway.json("info", "--format", JSON)
     assert (info["Containers"], info["ContainersRunning"], info["OSType"]) == (1, 1, "linux")
     assert "ServerErrors" not in info or not info["ServerErrors"]
 
@@ -80,7 +81,7 @@ def test_what_an_agent_cannot_do_is_refused_with_a_sentence(gateway: Gateway, wo
 
 
 def test_ps_shows_the_main_process(gateway: Gateway) -> None:
-    line = gateway.json("ps", "--format", "json", "--no-trunc")
+    line = gateway.json("ps", "--format", JSON, "--no-trunc")
     assert (line["Names"], line["State"], line["Image"]) == ("web", "running", "sockerless-agent")
     assert line["Status"].startswith("Up ") and line["Command"].startswith("\"bash -c 'trap")
 
@@ -471,7 +472,7 @@ def test_stats_draw_real_numbers(box: Box) -> None:
         line = eventually(
             lambda: [
                 found
-                for found in [gateway.json("stats", "--no-stream", "--format", "json", "box")]
+                for found in [gateway.json("stats", "--no-stream", "--format", JSON, "box")]
                 if found["CPUPerc"] != "0.00%"
             ],
             "CPU that is used",
@@ -493,7 +494,7 @@ def test_stats_are_drawn_again_and_again(gateway: Gateway, open_terminal: OpenTe
 
 def test_events_tell_what_happens(box: Box) -> None:
     _, gateway = box
-    with gateway.start("events", "--format", "json", "--filter", "container=box") as process:
+    with gateway.start("events", "--format", JSON, "--filter", "container=box") as process:
         assert process.stdout is not None
         gateway.wait_for_log("stream GET .*/events")
         gateway.docker("exec", "box", "sh", "-c", "exit 3")
