@@ -614,7 +614,6 @@ class Container:
         self.id = hashlib.sha256(f"sockerless-agent/{name}".encode()).hexdigest()
         self.labels = dict(labels)
         self.created_at = time.time()
-        self.stats_reference: tuple[float, Any] | None = None
         self._events = events
         self.changed = threading.Condition()  # guards the attributes below
         self._conn: AgentConn | None = None
@@ -2240,8 +2239,10 @@ def read_replay(session: Session) -> Iterator[tuple[Stream, bytes]]:
 
 def create_exec(call: Call, name: str) -> None:
     container = call.gateway.find(name)
-    container.connection()
+    conn = container.connection()
     command = ExecCommand(container, call.json())
+    if command.user and conn.version == 1:
+        raise NotSupported("--user: the agent speaks version 1 of the protocol, which starts nothing as another user")
     call.gateway.add_exec(command)
     container.publish(f"exec_create: {command.words}", execID=command.id)
     call.reply({"Id": command.id}, http.HTTPStatus.CREATED)
@@ -2285,8 +2286,6 @@ def start_exec(call: Call, exec_id: str) -> None:
     command = call.gateway.find_exec(exec_id)
     options = call.json()
     conn = command.container.connection()
-    if command.user and conn.version == 1:
-        raise NotSupported("--user: the agent speaks version 1 of the protocol, which starts nothing as another user")
     command.size = console_size(options) or command.size
     command.take()
     try:
@@ -2294,9 +2293,9 @@ def start_exec(call: Call, exec_id: str) -> None:
             start_detached(call, command, conn)
         else:
             start_attached(call, command, conn)
-    finally:
-        if command.session is None:
-            command.ended(None)
+    except (ClientError, OSError):  # of the start: what comes later is told to the client
+        command.ended(None)
+        raise
 
 
 def start_detached(call: Call, command: ExecCommand, conn: AgentConn) -> None:
@@ -2304,9 +2303,10 @@ def start_detached(call: Call, command: ExecCommand, conn: AgentConn) -> None:
     queue.drop()
     if conn.version == 1:
         session = Session(conn, exec_request(command, conn, empty_stdin=True), queue)
+        command.begun(session)
+        command.container.publish(f"exec_start: {command.words}", execID=command.id)
         session.start()
         session.close_stdin()
-        command.begun(session)
     else:
         variables = dict(item.split("=", 1) for item in command.env)
         try:
@@ -2325,8 +2325,8 @@ def start_detached(call: Call, command: ExecCommand, conn: AgentConn) -> None:
         # Only to learn of its end: the command needs nobody who listens.
         session = Session(conn, attach_request(conn, replay=False, session=started.id), queue)
         command.begun(session, started.pid)
+        command.container.publish(f"exec_start: {command.words}", execID=command.id)
         session.start()
-    command.container.publish(f"exec_start: {command.words}", execID=command.id)
     call.reply_nothing(http.HTTPStatus.OK)
 
 
@@ -2372,9 +2372,10 @@ def start_attached(call: Call, command: ExecCommand, conn: AgentConn) -> None:
     )
     try:
         call.hijack(raw=command.tty)
-        session.start()
+        # All of this before the start, which may be followed by the end at once.
         command.begun(session)
         command.container.publish(f"exec_start: {command.words}", execID=command.id)
+        session.start()
         if conn.version == 1:
             if command.size is not None:
                 session.resize(*command.size)

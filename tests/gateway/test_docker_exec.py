@@ -193,6 +193,7 @@ def test_a_terminal_has_the_size_of_the_persons_and_follows_it(gateway: Gateway,
 
 def test_ctrl_c_interrupts_what_runs_and_ctrl_d_ends_the_shell(gateway: Gateway, open_terminal: OpenTerminal) -> None:
     terminal = open_terminal(gateway, "exec", "-it", "web", "sh")
+    terminal.wait_for("^[#$]")
     terminal.type("echo $((6*7)); sleep 1000\n")
     terminal.wait_for("^42$")
     terminal.type("\x03")
