@@ -445,6 +445,7 @@ class Sessions(RuleBasedStateMachine):
                 assert within_deadline("its end", self.sizes.process.wait) == 137
             self.main.read(len(self.main.stdout))
             self.main.process.detach()
+            say_all(self.conn)
             assert not (self.conn._flows or self.conn._senders or self.conn._receivers or self.conn._calls)
         finally:
             self.proxy.forgive()
@@ -472,6 +473,11 @@ def test_sessions_notice_no_cut(setting: Setting, count_cuts: None) -> None:
             print_blob=True,
         ),
     )
+
+
+def say_all(conn: AgentConn) -> None:
+    """See that the link is there before it is closed: else the agent learns only in time that nobody resumes."""
+    within_deadline("the list", lambda: conn.sessions(DEADLINE))
 
 
 def run_with_a_token(conn: AgentConn, path: Path, code: int) -> None:
@@ -506,6 +512,7 @@ def test_a_cut_at_every_place(
                     echo.read(200)
                 assert proxy.total() > before
         echo.finish()
+        say_all(conn)
     setting.assert_nothing_is_left()
 
 
@@ -535,6 +542,7 @@ def test_signals_sizes_and_ends_of_input_come_once(setting: Setting, count_cuts:
             end_terminal_input(terminal, proxy)
             proxy.forgive()
         teller.finish()
+        say_all(conn)
     setting.assert_nothing_is_left()
 
 
@@ -580,6 +588,7 @@ def test_cuts_without_end(setting: Setting, count_cuts: None, tmp_path: Path, se
         assert flooded.digest() == expected.digest()
         paused.finish()
         assert [process.wait(DEADLINE) for process in (echo, digest, flood)] == [0, 0, 7]
+        say_all(conn)
     setting.assert_nothing_is_left()
 
 
