@@ -4995,6 +4995,10 @@ def _pseudo_devices() -> set[int]:
     return devices
 
 
+class _WriteFailed(Exception):
+    """Whoever takes the archive has failed, and not what is read: ``args[0]`` says how."""
+
+
 class _TarOutput:
     """The file that tarfile writes to: small writes are put together."""
 
@@ -5016,7 +5020,10 @@ class _TarOutput:
 
     def flush(self) -> None:
         if self._size:
-            self._write(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+            try:
+                self._write(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+            except OSError as exc:
+                raise _WriteFailed(exc) from None
             self._flushed += self._size
             self._parts, self._size = [], 0
 
@@ -5029,7 +5036,7 @@ def pack(path: str, write: Callable[[bytes], None], name: str = "") -> None:
     proc, sysfs or the like are left out; a file that vanishes meanwhile, too.
 
     Raises:
-        ArchiveError: if there is nothing, or it cannot be read.
+        ArchiveError: if there is nothing, or it cannot be read. What ``write`` raises is passed on.
     """
     import tarfile  # only here and below: most agents never pack anything
 
@@ -5045,6 +5052,8 @@ def pack(path: str, write: Callable[[bytes], None], name: str = "") -> None:
             cast(Any, tar).copybufsize = ARCHIVE_CHUNK
             _Packer(tar, pseudo, path).pack(top, name or os.path.basename(path.rstrip("/")) or ".")
         output.flush()
+    except _WriteFailed as exc:
+        raise exc.args[0] from None
     except OSError as exc:
         raise _explain_path(path, exc) from None
 

@@ -3280,7 +3280,8 @@ def _plan_copy(source: _Place, target: _Place) -> tuple[str, str, str]:
     if there is not None and there["mode"] & GO_SPECIAL:
         raise ClientError(f"cp: {target.path}: not a regular file, and not replaced by one")
     parent, name = os.path.split(target.path)
-    return source.path.removesuffix("/.") or "/", parent, name
+    # A slash at the end, and no dot: a link to a directory is followed, and the name is what is given here.
+    return source.path.removesuffix(".") if source.path.endswith("/.") else source.path, parent, name
 
 
 # Of Go's os.FileMode, which a state has for a mode: directory; device, FIFO and socket.

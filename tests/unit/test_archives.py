@@ -479,6 +479,22 @@ def test_a_file_that_grows_has_the_size_that_it_had(place: Path) -> None:
         assert following is not None and following.read() == b"next"
 
 
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError("nobody reads"), FileNotFoundError(2, "other"), KeyError("x")], ids=str
+)
+def test_what_fails_in_who_takes_the_archive_is_passed_on(place: Path, error: Exception) -> None:
+    """And is not taken for a fault of the file that is read."""
+    (place / "file").write_bytes(b"x" * 300_000)
+
+    def write(data: bytes) -> None:
+        raise error
+
+    for path in (place / "file", place):
+        with pytest.raises(type(error)) as caught:
+            pack(str(path), write)
+        assert caught.value is error
+
+
 def test_what_vanishes_is_left_out(place: Path) -> None:
     for name in ("a", "b", "c"):
         (place / "d" / name).mkdir(parents=True)
