@@ -7296,6 +7296,12 @@ def describe_request(request: Request) -> str:
     return ", ".join([name, *(f"{fact} {value!r}" for fact, value in facts.items())])
 
 
+def who_is(connection: WebSocket) -> Who:
+    """The client at the other end."""
+    assert isinstance(connection, QueuedConnection)
+    return Who(connection.peer, subject_of(connection.socket))
+
+
 class Peer:
     """One connected client: decodes and dispatches what it sends, owns its sessions.
 
@@ -7309,7 +7315,7 @@ class Peer:
         registry: SessionRegistry,
         main: MainProcess | None,
     ) -> None:
-        self.who = Who(connection.peer, subject_of(connection.socket))
+        self.who = who_is(connection)
         self._extra = {"peer": self.who.name}  # for the log
         self._debugging = log.isEnabledFor(logging.DEBUG)
         self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
@@ -7888,51 +7894,55 @@ def _own_figures() -> Iterator[tuple[str, str, str, float]]:
 # ══════════════════════════════════════════════════════════════════════════════
 # 14  Server mode
 #     Owns the listening socket, authentication and the HTTP endpoints. Threads:
-#     the acceptor, and a pool thread for each connection from its handshake on.
+#     the acceptor, and a pool thread for each connection once its request is there.
 # ══════════════════════════════════════════════════════════════════════════════
 
 LISTEN_BACKLOG = 1024
 HANDSHAKE_TIMEOUT = 10.0  # seconds
 REFUSAL_LINGER = 1.0  # seconds
+GUESTS_LIMIT = 4096  # connections that are not let in yet; a quarter of the descriptors if that is less
+STEPS_LIMIT = 64  # of them that have a thread
+HEAD_LIMIT = 64 << 10  # bytes of a request before it is complete
+SWEEP_INTERVAL = 0.5  # seconds between two looks for guests whose time is over
+DELAY_FIRST, DELAY_LAST = 0.1, 3.0  # seconds that a refusal waits: more with each from one address
+DELAYED_LIMIT = 64  # refusals that wait at once; further ones are sent at once, rather than take threads
+REFUSALS_REMEMBERED = 60.0  # seconds after which an address has a clean slate
+REFUSING_ADDRESSES = 1024  # addresses that are counted
 ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor or thread left
 
 
 class ServerWebSocket(QueuedConnection, ServerConnection):
-    """A connection that a client dialled.
+    """A connection that a client dialled, and whose request has been read by the Doorway.
 
-    The library closes without a word what it cannot parse, in some releases
-    that is every method but GET. Here such a request gets an answer.
+    The library closes without a word what it cannot parse. Here such a request gets an answer.
     """
 
-    def __init__(self, sock: socket.socket, protocol: ServerProtocol, *args: Any, **kwargs: Any) -> None:
-        self._head = b""  # the start of the request; only the receiver touches it
-        receive_data = protocol.receive_data
-
-        def receive_first(data: bytes | bytearray) -> None:
-            self._head += data[:16]  # longer than any method
-            vars(protocol).pop("receive_data", None)  # the first time is enough
-            receive_data(data)
-
-        vars(protocol)["receive_data"] = receive_first
+    def __init__(
+        self, sock: socket.socket, protocol: ServerProtocol, *args: Any, early: bytes = b"", **kwargs: Any
+    ) -> None:
+        """``early`` is what has been read: a whole request, and perhaps more."""
+        self._early = early
+        self.on_decision: Callable[[], None] = lambda: None
         super().__init__(sock, protocol, *args, **kwargs)
+
+    def recv_events(self) -> None:
+        """The receiver: first what has been read before, then the socket."""
+        with self.protocol_mutex:
+            self.protocol.receive_data(self._early)
+            events = self.protocol.events_received()
+            with contextlib.suppress(OSError):  # the next read sees it
+                self.send_data()
+        for event in events:
+            self.process_event(event)
+        if not events:  # it is no request, and has been told so
+            self.close_socket()
+        super().recv_events()
 
     def data_to_send(self) -> list[bytes]:
         data = super().data_to_send()
-        if data == [b""] and self._head and self.request is None and self.protocol.handshake_exc is not None:
-            return [self._bad_request(), b""]
+        if data == [b""] and self.request is None and self.protocol.handshake_exc is not None:
+            return [plain_answer(http.HTTPStatus.BAD_REQUEST, "not a request that makes sense\n"), b""]
         return data
-
-    def _bad_request(self) -> bytes:
-        method = self._head.split(b" ", 1)[0]
-        wrong_method = method.isalpha() and method.isupper() and method != b"GET"
-        status = http.HTTPStatus.METHOD_NOT_ALLOWED if wrong_method else http.HTTPStatus.BAD_REQUEST
-        log.info("client refused: HTTP status %d", status, extra={"peer": self.peer})
-        allow = "Allow: GET\r\n" if wrong_method else ""
-        body = f"{status.phrase}\n"
-        return (
-            f"HTTP/1.1 {status.value} {status.phrase}\r\n{allow}Connection: close\r\n"
-            f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-        ).encode()
 
 
 def open_listener(address: Address) -> socket.socket:
@@ -7958,94 +7968,388 @@ def open_listener(address: Address) -> socket.socket:
     return socket.create_server(where[:2], family=family, backlog=LISTEN_BACKLOG)
 
 
-def accept_forever(listener: socket.socket, handler: Callable[[socket.socket, Any], None], pool: ThreadPool) -> None:
-    """Accept connections until close_listener() is called; each is handled in a pool thread.
+def address_of(sock: socket.socket) -> str:
+    """Whom failures and places are counted by: a host, or the network of 64 bits that an IPv6 host has to itself."""
+    if sock.family == socket.AF_UNIX:
+        return "unix"
+    try:
+        address = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+    except OSError:  # it has left
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        network = ipaddress.ip_network((address, 64), strict=False)
+        return str(address.ipv4_mapped or network.network_address)
+    return str(address)
 
-    The library's own loop ends for good at the first error of accept(2), and at
-    a thread that cannot start. Both pass once somebody lets go of something.
+
+class Refusals:
+    """Counts attempts that failed to authenticate, and slows down their answers. Entered by connections' threads.
+
+    What keeps a guesser out is a token of 128 random bits. This makes guessing slow for who waits for the answers,
+    and visible. It never delays a client with the right token, from whatever address: behind a proxy all have one.
     """
-    while True:
-        try:
-            sock, where = listener.accept()
-        except OSError as exc:
-            if exc.errno in (errno.EBADF, errno.EINVAL):  # closed, or shut
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards the attributes below
+        self._recent: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()  # by address: how
+        # many, and when the last was; least recent first
+        self._delayed = 0
+        self.total = 0
+
+    def refuse(self, connection: ServerConnection, why: str, delay: bool = True) -> None:
+        """Count and log an attempt; wait until its answer is due, or the client has left."""
+        address = address_of(connection.socket)
+        now = time.monotonic()
+        with self._lock:
+            self.total += 1
+            count, last = self._recent.pop(address, (0, now))
+            count = 1 if now - last > REFUSALS_REMEMBERED else count + 1
+            self._recent[address] = (count, now)
+            if len(self._recent) > REFUSING_ADDRESSES:
+                self._recent.popitem(last=False)
+            delay = delay and self._delayed < DELAYED_LIMIT
+            self._delayed += delay
+        if not count & (count - 1):  # a guesser does not fill the log: the 1st, 2nd, 4th, 8th ...
+            times = f", {count} times from this address" if count > 1 else ""
+            log.warning("client refused: %s%s", why, times, extra={"peer": who_is(connection).name})
+        if delay:
+            try:
+                connection.recv_events_thread.join(min(DELAY_FIRST * 2 ** min(count - 1, 10), DELAY_LAST))
+            finally:
+                with self._lock:
+                    self._delayed -= 1
+
+
+REQUEST_LINE = re.compile(rb"([A-Z]+) \S+ HTTP/1\.1\r$")
+
+
+def judge_head(head: bytes | bytearray) -> tuple[http.HTTPStatus, str] | None:
+    """What to answer to the start of a request at once, if it can become none that makes sense; None else."""
+    if head[:1] == b"\x16":  # a TLS handshake, see RFC 8446 §5.1
+        return http.HTTPStatus.BAD_REQUEST, "this port speaks no TLS\n"
+    if len(head) > HEAD_LIMIT:
+        return http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too long a request\n"
+    line, newline, _ = head.partition(b"\n")
+    if not newline:
+        return None
+    match = REQUEST_LINE.match(line)
+    if match is None:
+        return http.HTTPStatus.BAD_REQUEST, "not a request that makes sense\n"
+    return None if match[1] == b"GET" else (http.HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n")
+
+
+def plain_answer(status: http.HTTPStatus, text: str) -> bytes:
+    allow = "Allow: GET\r\n" if status == http.HTTPStatus.METHOD_NOT_ALLOWED else ""
+    return (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\n{allow}Connection: close\r\nContent-Type: text/plain\r\n"
+        f"Content-Length: {len(text)}\r\n\r\n{text}"
+    ).encode()
+
+
+class Guest:
+    """A connection that is not let in yet. One thread at a time has it: the acceptor, or a pool thread for a step."""
+
+    __slots__ = ("address", "deadline", "head", "refused", "secure", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.address = address_of(sock)
+        self.deadline = time.monotonic() + HANDSHAKE_TIMEOUT
+        self.head = bytearray()
+        self.secure: ssl.SSLSocket | None = None  # is ``sock`` then
+        self.refused = False  # what it sends is read and thrown away, until it leaves
+
+
+class Doorway:
+    """Accepts connections, and holds each until its TLS handshake and the head of its request are there.
+
+    Who says nothing, or says it slowly, costs a descriptor and an entry here: one thread watches them all. Only a step
+    that has something to work on gets a thread, STEPS_LIMIT at once. At the limit of guests the address that has
+    most of them loses its oldest, so that thousands that hang about keep out nobody, at another address least of all.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        handler: Callable[[socket.socket, bytes, Callable[[], None]], None],
+        pool: ThreadPool,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+    ) -> None:
+        """Call start() once connections may come.
+
+        Args:
+            handler: called in a pool thread with a connection, what has been read of it, and what to call once it
+                will not be waited for any longer.
+            tls: gives each connection what to speak TLS with.
+        """
+        self.listener = listener
+        self._handler = handler
+        self._pool = pool
+        self._tls = tls
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()  # guards _steps, _ready, _returned and _closed
+        self._steps = 0  # that have a thread
+        self._ready: collections.deque[Guest] = collections.deque()  # for a step, once a thread may be had
+        self._returned: list[Guest] = []  # from their steps
+        self._closed = False
+        # The acceptor thread's alone.
+        self._epoll = select.epoll()
+        self._guests: dict[int, Guest] = {}  # by descriptor, who was heard of last at the end
+        self._by_address: dict[str, dict[int, Guest]] = {}
+        self._limit = 0
+        self._next_sweep = 0.0
+
+    def start(self) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = max(min(GUESTS_LIMIT, soft // 4), 16)
+        self.listener.setblocking(False)
+        self._epoll.register(self.listener, select.EPOLLIN)
+        self._epoll.register(self._wakeup, select.EPOLLIN)
+        threading.Thread(target=self._run, name="acceptor", daemon=True).start()
+
+    def close(self) -> None:
+        """Accept no more, and let go of who is not in yet. Connections that are stay."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        with self._lock:
+            self._closed = True
+        os.eventfd_write(self._wakeup, 1)
+
+    def _run(self) -> None:
+        while True:
+            events = self._epoll.poll(SWEEP_INTERVAL if self._guests else None)
+            with self._lock:
+                returned, self._returned = self._returned, []
+                closed = self._closed
+            if closed:
+                for guest in (*self._guests.values(), *returned):
+                    guest.sock.close()
                 return
-            log.error("cannot accept a connection: %s", exc.strerror)
-            time.sleep(ACCEPT_PAUSE)
-            continue
+            for guest in returned:
+                self._watch(guest)
+            for fd, _ in events:
+                try:
+                    if fd == self._wakeup:
+                        os.eventfd_read(self._wakeup)
+                    elif fd in self._guests:
+                        self._attend(self._guests[fd])
+                    else:
+                        self._accept()
+                except Exception:
+                    log.exception("unexpected error while accepting")
+            if time.monotonic() >= self._next_sweep:
+                self._sweep()
+
+    def _accept(self) -> None:
         try:
-            pool.submit(handler, sock, where)
+            sock, _ = self.listener.accept()
+        except BlockingIOError:  # it left in between
+            return
+        except OSError as exc:
+            if exc.errno not in (errno.EBADF, errno.EINVAL):  # closed, or shut
+                log.error("cannot accept a connection: %s", exc.strerror)
+                time.sleep(ACCEPT_PAUSE)
+            return
+        sock.setblocking(False)
+        if len(self._guests) >= self._limit:
+            crowd = max(self._by_address.values(), key=len)
+            self._dismiss(next(iter(crowd.values())))
+        self._watch(Guest(sock))
+
+    def _watch(self, guest: Guest) -> None:
+        fd = guest.sock.fileno()
+        self._guests[fd] = guest
+        self._by_address.setdefault(guest.address, {})[fd] = guest
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _unwatch(self, guest: Guest) -> None:
+        fd = guest.sock.fileno()
+        self._epoll.unregister(fd)
+        del self._guests[fd]
+        neighbours = self._by_address[guest.address]
+        del neighbours[fd]
+        if not neighbours:
+            del self._by_address[guest.address]
+
+    def _dismiss(self, guest: Guest) -> None:
+        self._unwatch(guest)
+        guest.sock.close()
+
+    def _sweep(self) -> None:
+        """Dismiss whose time is over."""
+        now = time.monotonic()
+        self._next_sweep = now + SWEEP_INTERVAL
+        for guest in [guest for guest in self._guests.values() if guest.deadline <= now]:
+            if not guest.refused:
+                log.debug(
+                    "client dismissed: no request within %g s", HANDSHAKE_TIMEOUT, extra={"peer": peer_name(guest.sock)}
+                )
+            self._dismiss(guest)
+
+    def _attend(self, guest: Guest) -> None:
+        """A guest has sent something, or has left."""
+        if guest.refused or self._tls is None:
+            try:
+                data = socket.socket.recv(guest.sock, READ_SIZE)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._dismiss(guest)
+                return
+            if guest.refused:
+                return
+            guest.head += data
+            if fault := judge_head(guest.head):
+                self._refuse(guest, *fault)
+                return
+            if b"\r\n\r\n" not in guest.head:
+                return
+        self._unwatch(guest)
+        with self._lock:
+            if self._steps >= STEPS_LIMIT:
+                self._ready.append(guest)
+                return
+            self._steps += 1
+        self._begin_step(guest)
+
+    def _refuse(self, guest: Guest, status: http.HTTPStatus, text: str) -> None:
+        """Answer, and give the guest a moment to read it: a close with something unread is a reset, see tcp(7)."""
+        with contextlib.suppress(OSError):
+            if guest.secure is not None and guest.secure.version() is not None:
+                guest.secure.send(plain_answer(status, text))
+                guest.secure.unwrap()  # TLS's goodbye; SSLWantReadError, since the guest has not said its own
+            else:
+                socket.socket.send(guest.sock, plain_answer(status, text))
+        self._see_out(guest)
+
+    def _see_out(self, guest: Guest) -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(guest.sock, socket.SHUT_WR)
+        guest.refused = True
+        guest.deadline = min(guest.deadline, time.monotonic() + REFUSAL_LINGER)
+
+    # Steps: in a pool thread each.
+
+    def _begin_step(self, guest: Guest) -> None:
+        """Give a guest a thread. The caller has counted the step."""
+        try:
+            self._pool.submit(self._step, guest)
         except RuntimeError as exc:
             log.error("cannot serve a connection: %s", exc)
-            sock.close()
-            time.sleep(ACCEPT_PAUSE)
+            guest.sock.close()
+            self._end_step()
+
+    def _end_step(self) -> None:
+        with self._lock:
+            if not self._ready:
+                self._steps -= 1
+                return
+            guest = self._ready.popleft()
+        self._begin_step(guest)
+
+    def _step(self, guest: Guest) -> None:
+        ended = threading.Event()
+
+        def end() -> None:
+            if not ended.is_set():
+                ended.set()
+                self._end_step()
+
+        try:
+            if self._tls is None or self._advance_tls(guest, self._tls):
+                guest.sock.settimeout(None)
+                self._handler(guest.sock, bytes(guest.head), end)
+                return
+            with self._lock:
+                self._returned.append(guest)
+            os.eventfd_write(self._wakeup, 1)
+        except OSError:  # it has left
+            guest.sock.close()
+        finally:
+            end()
+
+    def _advance_tls(self, guest: Guest, tls: Callable[[], ssl.SSLContext]) -> bool:
+        """Take the TLS handshake, then the request, as far as what is there allows; True once it is all there.
+
+        Raises:
+            OSError: if the guest has left.
+        """
+        try:
+            if guest.secure is None:
+                guest.sock = guest.secure = tls().wrap_socket(
+                    guest.sock, server_side=True, do_handshake_on_connect=False
+                )
+                guest.secure.settimeout(0)
+            if guest.secure.version() is None:
+                guest.secure.do_handshake()
+            while b"\r\n\r\n" not in guest.head:
+                data = guest.secure.recv(TLSStream.RECORD)
+                if not data:
+                    raise ConnectionResetError
+                guest.head += data
+                if fault := judge_head(guest.head):
+                    self._refuse(guest, *fault)
+                    return False
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        except ssl.SSLEOFError:
+            raise ConnectionResetError from None
+        except ssl.SSLError as exc:
+            why = getattr(exc, "verify_message", "") or exc.reason or str(exc)
+            words = why.lower().replace("_", " ")
+            log.info("client refused: the TLS handshake failed: %s", words, extra={"peer": peer_name(guest.sock)})
+            if exc.reason == "HTTP_REQUEST":
+                self._refuse(guest, http.HTTPStatus.BAD_REQUEST, "this port speaks TLS: use https: or wss: for it\n")
+            else:
+                self._see_out(guest)
+            return False
+        return True
 
 
-NO_TLS_HERE = (
-    b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n"
-    b"Content-Length: 48\r\n\r\nthis port speaks TLS: use https: or wss: for it\n"
-)
-
-
-def _linger(sock: socket.socket) -> None:
-    """Give the peer a moment to read why it is refused: a close with something unread would be a reset, see tcp(7)."""
-    deadline = time.monotonic() + REFUSAL_LINGER
-    socket.socket.shutdown(sock, socket.SHUT_WR)
-    while (left := deadline - time.monotonic()) > 0:
-        sock.settimeout(left)
-        if not socket.socket.recv(sock, READ_SIZE):
-            return
-
-
-def start_tls(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket | None:
-    """A TLS server's handshake, for HANDSHAKE_TIMEOUT at most; None, and a line in the log, if it fails."""
-    name = peer_name(sock)
-    try:
-        with contextlib.ExitStack() as closing:
-            closing.callback(sock.close)
-            secure = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            closing.callback(secure.close)
-            secure.settimeout(HANDSHAKE_TIMEOUT)
-            try:
-                secure.do_handshake()
-            except ssl.SSLError as exc:
-                if exc.reason == "HTTP_REQUEST":
-                    socket.socket.send(secure, NO_TLS_HERE)
-                _linger(secure)
-                raise
-            secure.settimeout(None)
-            closing.pop_all()
-            return secure
-    except TimeoutError:
-        log.info("client refused: no TLS handshake within %g s", HANDSHAKE_TIMEOUT, extra={"peer": name})
-    except OSError as exc:
-        why = getattr(exc, "verify_message", "") or getattr(exc, "reason", "") or exc.strerror or str(exc)
-        log.info("client refused: the TLS handshake failed: %s", why.lower().replace("_", " "), extra={"peer": name})
-    return None
-
-
-def make_handler(
+def make_doorway(
     serve_connection: Callable[[ServerConnection], None],
     listener: socket.socket,
+    pool: ThreadPool,
+    process_request: Callable[[ServerConnection, HTTPRequest], HTTPResponse | None],
     speaks_version_2: Callable[[ServerConnection], bool] = lambda connection: True,
     tls: Callable[[], ssl.SSLContext] | None = None,
     **options: Any,
-) -> tuple[socket.socket, Callable[[socket.socket, Any], None]]:
-    """What accept_forever() needs: the socket to accept from, and a handler of one connection.
+) -> Doorway:
+    """A Doorway to websockets' handshake, and to ``serve_connection`` for who is let in.
 
     Args:
+        process_request: decides on a request, as for serve(). What it answers with 401 or 403 is counted, logged and
+            delayed, see Refusals.
         speaks_version_2: whether version 2 is selected for a client that offers it; no client has to.
-        tls: called for each connection, in its thread: what to speak TLS with.
         options: as for websockets.sync.server.serve().
     """
+    refusals = Refusals()
+    # By the socket that is being handed over: what was read of it, and what to call once it is decided on.
+    handed: dict[socket.socket, tuple[bytes, Callable[[], None]]] = {}
 
     def select_subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
         return SUBPROTOCOL if SUBPROTOCOL in offered and speaks_version_2(connection) else None
 
+    def create_connection(sock: socket.socket, *args: Any, **kwargs: Any) -> ServerWebSocket:
+        connection = ServerWebSocket(sock, *args, early=handed[sock][0], **kwargs)
+        connection.on_decision = handed[sock][1]
+        return connection
+
+    def decide(connection: ServerConnection, request: HTTPRequest) -> HTTPResponse | None:
+        response = process_request(connection, request)
+        cast(ServerWebSocket, connection).on_decision()
+        if response is not None and response.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            refusals.refuse(connection, (response.body or b"").decode().strip())
+        return response
+
     server = serve(
         serve_connection,
         sock=listener,
-        create_connection=ServerWebSocket,
+        create_connection=cast(Any, create_connection),
+        process_request=decide,
         select_subprotocol=select_subprotocol,
         compression=None,
         open_timeout=HANDSHAKE_TIMEOUT,
@@ -8061,20 +8365,14 @@ def make_handler(
         else:
             end.close()
 
-    def handle(sock: socket.socket, where: Any) -> None:
-        if tls is None:
-            server.handler(sock, where)
-        elif secure := start_tls(sock, tls()):
-            server.handler(secure, where)
+    def handle(sock: socket.socket, early: bytes, on_decision: Callable[[], None]) -> None:
+        handed[sock] = (early, on_decision)
+        try:
+            server.handler(sock, None)
+        finally:
+            del handed[sock]
 
-    return server.socket, handle
-
-
-def close_listener(listener: socket.socket) -> None:
-    """Close a listening socket, and end the accept_forever() on it."""
-    with contextlib.suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)  # wakes accept(2), as close(2) would not
-    listener.close()
+    return Doorway(listener, handle, pool, tls)
 
 
 def bearer_token(request: HTTPRequest) -> bytes:
@@ -8130,11 +8428,12 @@ class Server:
         if config.tls_cert:
             self._tls = ServerTLS(config.tls_cert, config.tls_key, config.tls_client_ca)
         tls = self._tls
-        self._socket, self._handler = make_handler(
+        self._doorway = make_doorway(
             self._serve_peer,
             open_listener(config.addr),
+            runtime.pool,
+            self._process_request,
             tls=None if tls is None else lambda: tls.context,
-            process_request=self._process_request,
             process_response=self._process_response,
             server_header=f"sockerless-agent/{__version__}",
             max_size=config.max_message_size,
@@ -8144,14 +8443,14 @@ class Server:
     @property
     def address(self) -> str:
         """Where it listens, with the port that the system chose."""
-        if self._socket.family == socket.AF_UNIX:
-            return f"unix:{self._socket.getsockname()}"
-        host, port = self._socket.getsockname()[:2]
+        listener = self._doorway.listener
+        if listener.family == socket.AF_UNIX:
+            return f"unix:{listener.getsockname()}"
+        host, port = listener.getsockname()[:2]
         return str(Address(host, port))
 
     def start(self) -> None:
-        arguments = (self._socket, self._handler, self._runtime.pool)
-        threading.Thread(target=accept_forever, args=arguments, name="acceptor", daemon=True).start()
+        self._doorway.start()
         log.info("listening on %s%s", self.address, " with TLS" if self._tls is not None else "")
         config = self._runtime.config
         if not config.token and not config.tls_client_ca and not config.addr.is_local:
@@ -8171,7 +8470,7 @@ class Server:
 
     def close(self) -> None:
         """Accept no more connections. Those that exist stay."""
-        close_listener(self._socket)
+        self._doorway.close()
         if self._runtime.config.addr.path:
             with contextlib.suppress(OSError):
                 os.unlink(self._runtime.config.addr.path)
@@ -8190,11 +8489,6 @@ class Server:
         path = request.path.partition("?")[0]
         if path not in ("/health", "/metrics", "/ws"):
             return connection.respond(http.HTTPStatus.NOT_FOUND, "not found; there are /health, /metrics and /ws\n")
-        # Releases of the library before 17 parse nothing but GET, see ServerWebSocket.
-        if getattr(request, "method", "GET") != "GET":
-            response = connection.respond(http.HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n")
-            response.headers["Allow"] = "GET"
-            return response
         if path == "/health":
             return self._answer(connection, json.dumps(self._registry.describe_health()) + "\n", "application/json")
         if self._tls is not None and self._tls.wants_certificate and not peer_certificate(connection.socket):
@@ -8208,7 +8502,7 @@ class Server:
             return response
         if not token and is_foreign_page(request):
             self._turn_away(connection, "origin", "a web page of another host")
-            return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "web pages of another host may not connect\n")
         if path == "/metrics":
             return self._answer(connection, self._metrics.text(), METRICS_TYPE)
         return None
@@ -8225,11 +8519,9 @@ class Server:
 
     def _turn_away(self, connection: ServerConnection, reason: str, message: str) -> None:
         """Tell everybody but the client about a client that may not connect."""
-        who = Who(cast(ServerWebSocket, connection).peer, subject_of(connection.socket))
         books = self._runtime.books
         books.counters.count(AUTH_FAILURES, reason)
-        books.tell("refused", who, reason=reason, error=message)
-        log.warning("client refused: %s", message, extra={"peer": who.name})
+        books.tell("refused", who_is(connection), reason=reason, error=message)  # the log has it from Refusals
 
     def _answer(self, connection: ServerConnection, text: str, content_type: str) -> HTTPResponse:
         response = connection.respond(http.HTTPStatus.OK, text)

@@ -110,16 +110,14 @@ from agent import (
     ToSession,
     Unpacker,
     __version__,
-    accept_forever,
     bearer_token,
-    close_listener,
     decode_data_frame,
     decode_event,
     decode_request,
     explain_tls_failure,
     is_foreign_page,
     make_client_tls,
-    make_handler,
+    make_doorway,
     open_listener,
     pack,
     parse_address,
@@ -2147,19 +2145,19 @@ class ReverseListener:
         listener = open_listener(Address(host, port))
         self.port = int(listener.getsockname()[1])
         """The port that it listens on."""
-        self._socket, handler = make_handler(
+        self._doorway = make_doorway(
             self._serve,
             listener,
+            _pool,
+            self._process_request,
             self._speaks_version_2,
             tls=None if tls is None else lambda: tls.context if isinstance(tls, ServerTLS) else tls,
-            process_request=self._process_request,
             process_response=self._process_response,
             server_header=f"sockerless-agent-client/{__version__}",
             max_size=MAX_MESSAGE_SIZE,
             logger=logging.getLogger("sockerless.client.websockets"),
         )
-        arguments = (self._socket, handler, _pool)
-        threading.Thread(target=accept_forever, args=arguments, name="listener", daemon=True).start()
+        self._doorway.start()
 
     def get(self, agent_id: str) -> ReverseAgentConn | None:
         """The agent of this id, None if it is not connected."""
@@ -2194,7 +2192,7 @@ class ReverseListener:
             self._closed = True
             closers = [conn.close for conn in self._agents.values()] + [client.close for client in self._clients]
             self._changed.notify_all()
-        close_listener(self._socket)
+        self._doorway.close()
         # Side by side: each may wait CLOSE_TIMEOUT for its peer.
         closing = [threading.Thread(target=close, daemon=True) for close in closers]
         for thread in closing:
@@ -2222,16 +2220,13 @@ class ReverseListener:
             status = http.HTTPStatus.BAD_REQUEST if not agent_id else http.HTTPStatus.NOT_FOUND
             return connection.respond(status, "an agent's query names it: ?id=... or ?session_id=...\n")
         if isinstance(self._tls, ServerTLS) and self._tls.wants_certificate and not peer_certificate(connection.socket):
-            log.warning("refused %s: no certificate", agent_id or path)
             return connection.respond(http.HTTPStatus.FORBIDDEN, "a client certificate is needed\n")
         token = self._token(agent_id) if callable(self._token) else self._token
         if token is None and callable(self._token):  # an id that the function does not know
             token = secrets.token_hex()
         if token is None and is_foreign_page(request):
-            log.warning("refused %s: a web page of another host", agent_id or path)
-            return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
+            return connection.respond(http.HTTPStatus.FORBIDDEN, "web pages of another host may not connect\n")
         if token is not None and not hmac.compare_digest(bearer_token(request), token.encode()):
-            log.warning("refused %s: missing or wrong token", agent_id or path)
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
         if path == "/agents":
             return connection.respond(http.HTTPStatus.OK, json.dumps(sorted(conn.id for conn in self)) + "\n")

@@ -19,6 +19,7 @@ import base64
 import bz2
 import collections
 import contextlib
+import errno
 import dataclasses
 import fcntl
 import fnmatch
@@ -62,8 +63,6 @@ from agent import (
     Stream,
     ThreadPool,
     __version__,
-    accept_forever,
-    close_listener,
     open_listener,
     parse_address,
     parse_duration,
@@ -1455,6 +1454,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError as exc:
             log.debug("%s %s: %s", self.command, self.path, exc)
             self.close_connection = True
+
+
+ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor or thread left
+
+
+def accept_forever(listener: socket.socket, serve: Callable[[socket.socket, Any], None], pool: ThreadPool) -> None:
+    """Accept connections until close_listener() is called; each is served in a pool thread."""
+    while True:
+        try:
+            sock, where = listener.accept()
+        except OSError as exc:
+            if exc.errno in (errno.EBADF, errno.EINVAL):  # closed, or shut
+                return
+            log.error("cannot accept a connection: %s", exc.strerror)
+            time.sleep(ACCEPT_PAUSE)
+            continue
+        try:
+            pool.submit(serve, sock, where)
+        except RuntimeError as exc:
+            log.error("cannot serve a connection: %s", exc)
+            sock.close()
+            time.sleep(ACCEPT_PAUSE)
+
+
+def close_listener(listener: socket.socket) -> None:
+    """Close a listening socket, and end the accept_forever() on it."""
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
 
 
 class Server:

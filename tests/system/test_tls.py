@@ -272,7 +272,7 @@ def test_without_a_certificate_there_is_health_and_nothing_else(strict_agent: Ag
     with pytest.raises(Unauthorized, match="a client certificate is needed"):
         echo(strict_agent, trusting)
     assert agent_client.fetch_health(strict_agent.address, trusting) == {"status": "ok"}
-    strict_agent.wait_for_log(r"client refused: no certificate peer='127.0.0.1:\d+'")
+    strict_agent.wait_for_log(r"client refused: a client certificate is needed peer='127.0.0.1:\d+'")
 
 
 def test_a_certificate_does_not_replace_the_token(
