@@ -19,8 +19,8 @@ import base64
 import bz2
 import collections
 import contextlib
-import errno
 import dataclasses
+import errno
 import fcntl
 import fnmatch
 import hashlib
