@@ -48,7 +48,7 @@ import tty
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import IO, Any, NoReturn, Protocol, Self, cast
+from typing import IO, Any, NoReturn, Protocol, Self, cast, runtime_checkable
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
@@ -296,6 +296,14 @@ class SessionReceiver(Protocol):
 
     def tell_consumed(self, consumed: Callable[[int], None]) -> None:
         """Version 2: call ``consumed`` with each number of bytes that nobody here keeps any more."""
+
+
+@runtime_checkable
+class StartReceiver(Protocol):
+    """A SessionReceiver that wants to be told of the start, too."""
+
+    def started(self, event: Started) -> None:
+        """Version 2: the command runs, or the client is attached; before any output."""
 
 
 class _ClientFlow:
@@ -1180,6 +1188,8 @@ class AgentConn:
             flow.started = event
             flow.secret = event.secret or flow.secret
             self._confirm_farewells(flow.farewells)
+            if isinstance(flow.receiver, StartReceiver):
+                flow.receiver.started(event)
             if isinstance(flow.receiver, _DetachReceiver):
                 self._forget(event.id)
                 flow.receiver.detached(event)

@@ -407,6 +407,7 @@ class OutputQueue:
         self._chunks: collections.deque[tuple[Stream, bytes, int]] = collections.deque()  # the last: bytes of output
         self._size = 0
         self._dropping = False
+        self.start: Started | None = None
         self._ended = False
         self.ended_at = 0.0  # after on_end
         self.code: int | None = None
@@ -414,6 +415,17 @@ class OutputQueue:
 
     def tell_consumed(self, consumed: Callable[[int], None]) -> None:
         self._consumed = consumed
+
+    def started(self, event: Started) -> None:
+        with self._changed:
+            self.start = event
+            self._changed.notify_all()
+
+    def wait_started(self) -> Started | None:
+        """Wait until the agent has said that it has started; None if it did not, or speaks version 1."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.start is not None or self.ended_at or self._dropping)
+            return self.start
 
     def output(self, event: Output) -> None:
         data = event.data
@@ -519,9 +531,6 @@ class Session:
 
     def signal(self, number: int) -> None:
         self.conn.send(Signal(self.id, str(number)))
-
-    def started(self) -> Started | None:
-        return self.conn.started(self.id)
 
     def end(self) -> None:
         """End the command with all its descendants; or leave the attached process alone from now on."""
@@ -871,9 +880,6 @@ class ExecCommand:
             if not self.running:
                 return
             session = self.session
-            started = session.started() if session is not None else None
-            if not self._pid and started is not None:
-                self._pid = started.pid
             if code is None:
                 error = session.queue.error if session is not None else None
                 code = start_failure(error, self.cmd[0])[0] if isinstance(error, SessionError) else 255
@@ -882,11 +888,10 @@ class ExecCommand:
 
     @property
     def pid(self) -> int:
+        """In the container; 0 before the start, and from an agent that does not tell."""
         with self._lock:
-            if not self._pid and self.session is not None:
-                started = self.session.started()
-                self._pid = started.pid if started is not None else 0
-            return self._pid
+            start = self.session.queue.start if self.session is not None else None
+            return self._pid or (start.pid if start is not None else 0)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -1580,7 +1585,8 @@ class Bridge:
             pool.submit(self._receive)
             try:
                 for stream, data in output if output is not None else self._session.queue:
-                    self.send(stream, data)
+                    if stream in self._streams:
+                        self._transmit(stream, data)
                 if self._leave():  # from now on a client that closes has only seen the end
                     self._tell_failure()
             except OSError:
@@ -1588,19 +1594,17 @@ class Bridge:
             finally:
                 self._finish()
 
-    def send(self, stream: Stream, data: bytes) -> None:
-        if stream in self._streams:
-            if not self._head_was_read:
-                self._head_was_read = True
-                wait_for_reader(self._sock)
-            self._sock.sendall(data if self._raw else encode_docker_frame(stream, data))
+    def _transmit(self, stream: Stream, data: bytes) -> None:
+        if not self._head_was_read:
+            self._head_was_read = True
+            wait_for_reader(self._sock)
+        self._sock.sendall(data if self._raw else encode_docker_frame(stream, data))
 
     def _tell_failure(self) -> None:
         """As dockerd: after the connection is hijacked, an error is output."""
         error = self._session.queue.error
         if isinstance(error, SessionError | ConnectionLost):
-            data = f"{self.failure_words(error)}\r\n".encode()
-            self._sock.sendall(data if self._raw else encode_docker_frame(Stream.STDOUT, data))
+            self._transmit(Stream.STDOUT, f"{self.failure_words(error)}\r\n".encode())
 
     def failure_words(self, error: ClientError) -> str:
         return str(error)
@@ -2101,6 +2105,10 @@ def attach_container(call: Call, name: str) -> None:
     main = container.main_process()
     conn = container.connection()
     logs, stream, stdin = call.flag("logs"), call.flag("stream"), call.flag("stdin")
+    if logs and not stream and conn.version == 1:
+        raise NotSupported(
+            "attach: the agent speaks version 1 of the protocol, which does not tell where a replay ends"
+        )
     queue = OutputQueue()
     session = Session(conn, attach_request(conn, replay=logs), queue)
 
@@ -2239,25 +2247,13 @@ def last_lines(
 
 def read_replay(session: Session) -> Iterator[tuple[Stream, bytes]]:
     """What an attachment's session had written before it began."""
-    left: int | None = None  # bytes; None until the agent has said how many there are
-    while left is None or left > 0:
-        if left is None:
-            started = session.started()
-            if started is not None:
-                left = started.replay
-                continue
-        item = session.queue.take(timeout=0.01 if left is None else None)
-        if item is not None:
-            # It has come behind the message that says how much there is, unless the session has ended since.
-            if left is None and (started := session.started()) is not None:
-                left = started.replay
-            yield item
-            left = left - len(item[1]) if left is not None else None
-        elif session.queue.is_over:
-            error = session.queue.error
-            if error is not None:
-                raise error
-            return
+    start = session.queue.wait_started()
+    left = start.replay if start is not None else 0  # bytes
+    while left > 0 and (item := session.queue.take()) is not None:
+        yield item
+        left -= len(item[1])
+    if session.queue.error is not None:
+        raise session.queue.error
 
 
 # ══════════════════════════════════════════════════════════════════════════════

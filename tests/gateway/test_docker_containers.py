@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from docking import DEADLINE, Gateway, Terminal
+from docking import DEADLINE, GATEWAY, ROOT, Gateway, Terminal
 from support import AGENT, TOKEN, Agent, eventually
 
 Box = tuple[Agent, Gateway]
@@ -75,6 +75,34 @@ REFUSED = {
 def test_what_an_agent_cannot_do_is_refused_with_a_sentence(gateway: Gateway, words: tuple[str, ...]) -> None:
     assert REFUSED[words] in gateway.refused(*words)
     assert gateway.output("ps", "-q")
+
+
+@pytest.mark.timeout(600)  # it may have to install what it needs first
+def test_the_script_runs_the_gateway_from_the_checkout(tmp_path: Path) -> None:
+    command = [str(ROOT / "scripts/docker-gateway"), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("sockerless-agent ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--agent=web"], "--agent: not NAME=HOST:PORT: 'web'"),
+        (["--agent=web=nonsense"], "not an address"),
+        (["-H", "/tmp/x.sock"], "not an address such as unix:///tmp/agents.sock"),
+        (["--listen=nonsense"], "not an address"),
+        (["--token-file=/no/such/file"], "/no/such/file"),
+        (["-H", "unix:///no/such/directory/socket"], "No such file or directory"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(words: list[str], message: str) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(GATEWAY), *words], env=environ, capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode in (1, 2)
+    assert message in done.stderr and done.stderr.count("\n") == 1
 
 
 # ── ps and inspect ────────────────────────────────────────────────────────────
@@ -156,7 +184,16 @@ def test_agents_that_dial_in_appear_and_disappear(start_gateway: Callable[..., G
         gateway.wait_for_log("agent my_job: joined")
         assert gateway.output("ps", "--format", "{{.Names}} {{.State}}") == "my_job running\n"
         assert gateway.docker("exec", "-i", "my_job", "sh", "-c", "cat; exit 3", data=b"hello") == (3, b"hello", b"")
-        agent.terminate()
+        assert gateway.output("logs", "my_job") == "up\n"
+        assert gateway.output("top", "my_job").startswith("UID")
+        assert gateway.json("stats", "--no-stream", "--format", JSON, "my_job")["Name"] == "my_job"
+        (tmp_path / "a").write_text("text")
+        gateway.output("cp", f"{tmp_path}/a", f"my_job:{tmp_path}/b")
+        assert (tmp_path / "b").read_text() == "text"
+        with gateway.start("wait", "my_job") as waiting:
+            gateway.wait_for_log(r"stream POST \S+/wait")
+            gateway.output("kill", "-s", "TERM", "my_job")
+            assert waiting.communicate(timeout=DEADLINE)[0] == b"143\n"
         gateway.wait_for_log("agent my_job: left")
         assert gateway.output("ps", "-aq") == ""
     finally:
