@@ -493,6 +493,122 @@ def test_only_the_secret_resumes(dial: Dial) -> None:
     thief.until(lambda: session.resumed)
 
 
+SECRET = "a secret of the client's own"
+
+
+def test_a_request_that_is_sent_again_starts_nothing_twice(dial: Dial, tmp_path: Path) -> None:
+    command = ["sh", "-c", f"echo once >>{tmp_path}/log; read x; echo $x; exit 3"]
+    first = dial()
+    session = first.exec(command, secret=SECRET, connection=1)
+    first.write(session, b"ty")
+    first.until(lambda: session.started)
+    assert session.started is not None
+    assert session.started["secret"] == SECRET
+    second = dial()
+    again = second.exec(command, secret=SECRET, connection=2)
+    second.until(lambda: again.resumed and again.started)
+    assert again.resumed is not None
+    assert (again.resumed["offset"], again.resumed["stdin"]) == (0, 2)
+    second.write(again, b"ped\n")
+    assert second.wait(again) == 3
+    assert again.stdout == b"typed\n"
+    # Once more, when it is over: late, or by mistake.
+    second.send("end", id="s")
+    third = dial()
+    late = third.exec(command, secret=SECRET, connection=3)
+    third.until(lambda: late.errors)
+    assert late.errors[0]["reason"] == "unknown_session"
+    assert (tmp_path / "log").read_text() == "once\n"
+
+
+def test_what_comes_late_on_an_earlier_connection_takes_nothing_over(dial: Dial) -> None:
+    first, second = dial(), dial()
+    session = first.exec(["cat"], secret=SECRET + "2", connection=1)
+    first.until(lambda: session.started)
+    session = second.exec(["cat"], secret=SECRET + "2", connection=2)
+    second.until(lambda: session.resumed)
+    late = first.sessions["s"]
+    first.send("exec", id="s", cmd=["cat"], secret=SECRET + "2", connection=1)
+    first.until(lambda: late.errors)
+    assert late.errors.pop()["reason"] == "duplicate_session"
+    first.send("resume", id="s", secret=SECRET + "2", offset=0, connection=1)
+    first.until(lambda: late.errors)
+    assert late.errors.pop()["reason"] == "duplicate_session"
+    first.write(late, b"late")  # to nobody
+    first.send("close_stdin", id="s")
+    assert first.wait(first.exec(["true"], id="t")) == 0
+    second.write(session, b"text")
+    second.send("close_stdin", id="s")
+    assert second.wait(session) == 0
+    assert session.stdout == b"text"
+
+
+def test_a_numbered_signal_is_delivered_once(dial: Dial) -> None:
+    client = dial()
+    script = (
+        "import signal\n"
+        "wanted = set(range(signal.SIGRTMIN, signal.SIGRTMIN + 8))\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, wanted)\n"
+        "print('up', flush=True)\n"
+        "while True:\n"
+        "    print(signal.sigwait(wanted) - signal.SIGRTMIN, flush=True)\n"
+    )
+    session = client.exec([sys.executable, "-I", "-S", "-c", script])
+    client.until(lambda: session.stdout)
+    for number in (1, 1, 1, 2, 1, 2, 7):  # real-time signals queue, and come in order
+        client.send("signal", id="s", signal=f"RTMIN+{number}", number=number)
+    client.until(lambda: session.stdout.endswith(b"7\n"))
+    assert session.stdout == b"up\n1\n2\n7\n"
+    client.send("signal", id="s", signal="KILL")
+    assert client.wait(session) == 137
+
+
+def test_a_secret_ends_a_session_from_any_connection(dial: Dial) -> None:
+    first, second = dial(), dial()
+    session = first.exec(["sleep", "300"], id="mine", secret=SECRET + "3")
+    first.until(lambda: session.started)
+    second.send("end", id="mine", secret=SECRET + "4")  # another: ignored
+    second.send("end", id="mine", secret=SECRET + "3")
+    assert first.wait(session) == 129
+    second.send("end", id="mine", secret=SECRET + "3")
+    second.send("sessions")
+    second.until(lambda: second.lists)
+    assert "mine" not in {entry["id"] for entry in second.lists[0]}
+
+
+def test_the_window_of_a_resumed_session_counts_from_what_was_read(dial: Dial) -> None:
+    client = dial(acking=False)
+    session = client.exec(["yes"], window=100_000)
+    client.until(lambda: session.received >= 100_000)
+    assert session.started is not None
+    client.cut()
+    client = dial(acking=False)
+    client.sessions["s"] = session
+    client.send("resume", id="s", secret=session.started["secret"], offset=100_000, acked=40_000, window=100_000)
+    client.until(lambda: session.received >= 140_000)
+    client.idle()
+    assert session.received == 140_000
+    client.send("end", id="s")
+
+
+def test_a_short_secret_is_refused(dial: Dial) -> None:
+    client = dial()
+    session = client.exec(["true"], secret="guessable")
+    client.until(lambda: session.errors)
+    assert session.errors[0]["reason"] == "bad_message"
+
+
+def test_sessions_of_closed_connections_do_not_count(start_agent: Callable[..., Agent], dial: Dial) -> None:
+    agent = start_agent("--resume-window", "0", "--max-total-sessions", "3")
+    for _ in range(8):
+        client = dial(agent)
+        session = client.exec(["sleep", "300"])
+        client.until(lambda session=session: session.started)
+        client.cut()
+        assert session.started is not None
+        wait_gone(session.started["pid"])
+
+
 def test_past_its_time_a_session_is_ended(start_agent: Callable[..., Agent], dial: Dial) -> None:
     agent = start_agent("--resume-window", "300ms")
     client = dial(agent)
