@@ -4693,12 +4693,12 @@ class MainProcess(LoggedProcess):
         config = self._runtime.config
         defaults = {"TERM": "xterm"} if config.tty else None
         (thread,) = self._runtime.pool.reserve(1)
+        self.started_at = time.time()  # before: it may end at once
         try:
             self._process.start(config.command, defaults=defaults)
         except SpawnError:
             self._runtime.pool.release([thread])
             raise
-        self.started_at = time.time()
         with self._pid_file_lock:
             if not self._gone:
                 self._write_pid_file()
@@ -4783,12 +4783,12 @@ class DetachedCommand(LoggedProcess):
         Raises:
             SpawnError: if it cannot be started.
         """
+        self.started_at = time.time()  # before: it may end at once
         try:
             start_as_requested(self._process, self.request)
         except SpawnError as exc:
             self._tell(Error(self.id, str(exc), exc.reason))
             raise
-        self.started_at = time.time()
         self.record.start(self.pid)
         self._tell(Started(self.id, self.pid, ""))
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from support import AGENT, AS_PID_1, DEADLINE, Agent, RawClient, children_of, eventually, need, need_root
 
+from agent_client import AgentConn
+
 ROOT = AGENT.parent
 
 
@@ -123,3 +125,28 @@ def test_the_directory_is_an_init(
     assert not [name for name in names if name.startswith(("LD_LIBRARY", "PYTHONHOME", "PYTHONPATH"))]
     eventually(lambda: not children_of(agent.pid), "the end of all orphans")
     assert agent.stop() == 0
+
+
+def test_the_directory_has_all_that_is_imported_late(
+    standalone: Path, start_agent: Callable[..., Agent], tmp_path: Path
+) -> None:
+    """Copies in and out, over what lies there too, statistics, and another user."""
+    launcher = standalone / "sockerless-agent"
+    agent = start_agent(prefix=("sh", "-c", f'shift; exec {launcher} "$@"'))
+    (tmp_path / "tree/sub").mkdir(parents=True)
+    (tmp_path / "to/tree/sub").mkdir(parents=True)
+    (tmp_path / "tree/sub/file").write_bytes(b"content")
+    with AgentConn.dial(agent.address, agent.token) as conn:
+        data = conn.archive_get(str(tmp_path / "tree")).stdout.read()
+        (tmp_path / "tree/sub/file").unlink()
+        (tmp_path / "tree/sub").rmdir()
+        (tmp_path / "tree/sub").write_bytes(b"a file")  # in place of a directory
+        for archive in (data, conn.archive_get(str(tmp_path / "tree")).stdout.read()):
+            process = conn.archive_put(str(tmp_path / "to"))
+            process.stdin.write(archive)
+            process.stdin.close()
+            assert process.wait(DEADLINE) == 0
+        assert (tmp_path / "to/tree/sub").read_bytes() == b"a file"
+        assert conn.stats(processes=True)["container"]["processes"] > 1
+        if os.geteuid() == 0:
+            assert conn.popen(["id", "-u"], user="nobody").stdout.read() == b"65534\n"
