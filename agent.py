@@ -1051,6 +1051,7 @@ class Config:
     pid_file: str = PID_FILE
     log_level: str = "info"
     log_format: str = "text"
+    audit_log: str = ""
     token: str = dataclasses.field(default="", repr=False)
     health_cmd: str = ""
     health_interval: float = 30.0
@@ -1287,6 +1288,8 @@ OPTIONS = (
     Option("log-level", _one_of("debug", "info", "warn", "error"), "LEVEL",
            "debug, info, warn or error (default: info)"),
     Option("log-format", _one_of("text", "json"), "FORMAT", "text or json (default: text)"),
+    Option("audit-log", str, "PATH",
+           "append who ran what, when and how it ended to PATH, one JSON object a line; - for stderr"),
     Option("token-file", _read_token_file, "PATH",
            "read the bearer token from PATH; or set SOCKERLESS_AGENT_TOKEN", field="token"),
     Option("health-cmd", str, "COMMAND", "check health with this shell command, as Docker's HEALTHCHECK does"),
@@ -1534,6 +1537,11 @@ def _check_tls(config: Config) -> None:
         raise ConfigError(f"flag --{flag}: {exc}") from None
 
 
+def rfc3339(when: float) -> str:
+    """A Unix time as RFC 3339 writes it, in UTC, to the millisecond."""
+    return datetime.datetime.fromtimestamp(when, datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 class LogFormatter(logging.Formatter):
     """One line a record, as text or as JSON, with no secret in it."""
 
@@ -1552,20 +1560,35 @@ class LogFormatter(logging.Formatter):
             reverse=True,
         )
 
-    def _hide(self, text: str) -> str:
+    def hide(self, text: str) -> str:
+        """A text without the secrets in it."""
         for secret in self.hidden:
             text = text.replace(secret, "[hidden]")
         return text
 
+    def hide_all(self, value: object) -> object:
+        """What JSON can hold, without the secrets in its texts."""
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, list | tuple):
+            return [self.hide_all(item) for item in value]
+        if isinstance(value, Mapping):
+            return {name: self.hide_all(item) for name, item in value.items()}
+        return value
+
     def format(self, record: logging.LogRecord) -> str:
-        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
-        when = when.replace("+00:00", "Z")
+        when = rfc3339(record.created)
         level = "warn" if record.levelno == logging.WARNING else record.levelname.lower()
         lines = [record.getMessage()]
         if record.exc_info:
             lines += self.formatException(record.exc_info).split("\n")
-        lines = [self._hide(line) for line in lines]
-        extra = {name: self._hide(str(getattr(record, name))) for name in ("peer", "session") if hasattr(record, name)}
+        lines = [self.hide(line) for line in lines]
+        facts = vars(record)
+        if "audit" in facts:
+            return json.dumps(self.hide_all(facts["audit"]))
+        if "websocket" in facts:  # a line of the library's
+            facts.setdefault("peer", facts["websocket"].who.name)
+        extra = {name: self.hide(str(facts[name])) for name in ("peer", "session") if name in facts}
         if self.as_json:
             return json.dumps({"time": when, "level": level, "message": "\n".join(lines), **extra})
         fields = "".join(f" {name}={value!r}" for name, value in extra.items())
@@ -1591,7 +1614,8 @@ class LogHandler(logging.Handler):
         self._stream = sys.stderr
         self._changed = threading.Condition()  # guards the attributes below
         self._records: collections.deque[logging.LogRecord] = collections.deque()
-        self._dropped = 0
+        self._dropped = 0  # since it was last said
+        self.lost = 0  # in all
         self._writing = False
         self._started = False
 
@@ -1600,6 +1624,7 @@ class LogHandler(logging.Handler):
         with self._changed:
             if len(self._records) >= LOG_BACKLOG:
                 self._dropped += 1
+                self.lost += 1
                 return False
             self._records.append(record)
             if not self._started:
@@ -1634,12 +1659,11 @@ class LogHandler(logging.Handler):
                 continue
 
 
-def set_up_logging(config: Config) -> None:
+def set_up_logging(config: Config) -> LogHandler:
     """Send log lines to stderr. A log that cannot be written never stops the agent."""
     logging.raiseExceptions = False
     handler = LogHandler()
-    hidden = (config.token, urllib.parse.quote(config.token, safe=""), *config.callback.secrets())
-    handler.setFormatter(LogFormatter(config.log_format, hidden))
+    handler.setFormatter(LogFormatter(config.log_format, secrets_of(config)))
     level = {"warn": "warning"}.get(config.log_level, config.log_level).upper()
     root = logging.getLogger("sockerless")
     root.handlers[:] = [handler]
@@ -1648,6 +1672,12 @@ def set_up_logging(config: Config) -> None:
     # At DEBUG websockets logs every header and frame, the token among them; at
     # INFO it repeats what this module logs better.
     logging.getLogger("sockerless.websockets").setLevel(logging.WARNING)
+    return handler
+
+
+def secrets_of(config: Config) -> tuple[str, ...]:
+    """What no log may show."""
+    return (config.token, urllib.parse.quote(config.token, safe=""), *config.callback.secrets())
 
 
 def forget_coerced_locale() -> None:
@@ -1699,8 +1729,8 @@ def hide_secrets(hidden: Iterable[str]) -> None:
 
 # ══════════════════════════════════════════════════════════════════════════════
 # 3  Accounts
-#    Owns what is counted for /metrics, and each session's entry in the books.
-#    Any thread may count; nobody waits for who reads.
+#    Owns what is counted for /metrics, each session's record, and the audit log
+#    with the thread that writes it. Any thread may count and tell; none waits.
 # ══════════════════════════════════════════════════════════════════════════════
 
 METRIC_PREFIX = "sockerless_agent_"
@@ -1738,7 +1768,9 @@ CONNECTIONS_CLOSED = Counter("connections_closed_total", "WebSockets that have e
 AUTH_FAILURES = Counter(
     "auth_failures_total", "Clients turned away before the upgrade.", "reason", ("token", "origin", "certificate")
 )
+AUDIT_LOST = Counter("audit_entries_lost_total", "Entries of the audit log that could not be written.")
 COUNTERS = (
+    AUDIT_LOST,
     SESSIONS_STARTED, SESSIONS_ENDED, SESSIONS_PARKED, SESSIONS_RESUMED, SESSIONS_EXPIRED, ERRORS, CONNECTIONS_OPENED,
     CONNECTIONS_CLOSED, AUTH_FAILURES,
 )  # fmt: skip
@@ -1760,15 +1792,16 @@ class Counters:
     owns the figure: see Outbox.sent and Peer.moved().
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log_lines_lost: Callable[[], int] = lambda: 0) -> None:
+        self.log_lines_lost = log_lines_lost
         self._lock = threading.Lock()  # guards the attributes below
         self._counts = {(counter, value): 0 for counter in COUNTERS for value in counter.values}
         self._spawns = [0] * (len(SPAWN_BUCKETS) + 1)
         self._spawn_seconds = 0.0
 
-    def count(self, counter: Counter, value: str = "") -> None:
+    def count(self, counter: Counter, value: str = "", amount: int = 1) -> None:
         with self._lock:
-            self._counts[counter, value] = self._counts.get((counter, value), 0) + 1
+            self._counts[counter, value] = self._counts.get((counter, value), 0) + amount
 
     def spawned(self, seconds: float) -> None:
         """A process was started, in so many seconds."""
@@ -1782,33 +1815,323 @@ class Counters:
             return Totals(dict(self._counts), tuple(self._spawns), self._spawn_seconds)
 
 
-class Record:
-    """One session's entry in the books. The threads that run the session write it; its start and end count once."""
+AUDIT_BACKLOG = 16 << 20  # characters of entries that may wait to be written
+AUDIT_RETRY = 1.0  # seconds from a failure to the next try
 
-    def __init__(self, counters: Counters, kind: Kind) -> None:
+
+class AuditLog:
+    """A file with one JSON object a line, written by one thread, so that a full or slow disk holds up no session.
+
+    What cannot be written waits, and is tried again. What does not fit the queue
+    is lost, but not in silence: it is counted, and said in the log and in the file
+    once that works again. The file may be renamed or removed: a new one is made.
+    """
+
+    def __init__(self, path: str, counters: Counters, formatter: LogFormatter) -> None:
+        """Open the file.
+
+        Raises:
+            OSError: if that fails, or it is a symbolic link.
+        """
+        self._path = path
         self._counters = counters
-        self._kind = kind
-        self._lock = threading.Lock()  # guards the attributes below
+        self._formatter = formatter
+        # These three are the writer's alone from now on.
+        self._fd = self._open()
+        self._rest = b""  # of a line that the file has a part of
+        self._failing = False  # and the log has been told
+        self._changed = threading.Condition()  # guards the attributes below
+        self._entries: collections.deque[str] = collections.deque()  # the first is being written
+        self._size = 0  # characters in _entries
+        self._lost = 0  # entries, since the file was last told
         self._started = False
-        self._ended = False
 
-    def start(self) -> None:
+    def _open(self) -> int:
+        # Without waiting for the reader of a FIFO; what is open then may be as slow as it is.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(self._path, flags, 0o600)
+        os.set_blocking(fd, True)
+        return fd
+
+    def write(self, entry: Mapping[str, object]) -> None:
+        """Queue an entry."""
+        line = json.dumps(self._formatter.hide_all(entry)) + "\n"
+        with self._changed:
+            if self._entries and self._size + len(line) > AUDIT_BACKLOG:
+                self._lost += 1
+                self._counters.count(AUDIT_LOST)
+                return
+            self._entries.append(line)
+            self._size += len(line)
+            if not self._started:  # not before: no thread may exist when the agent takes over its signals
+                threading.Thread(target=self._run, name="audit", daemon=True).start()
+                self._started = True
+            self._changed.notify_all()
+
+    def flush(self, timeout: float) -> None:
+        """The agent ends: wait until everything is written, ``timeout`` seconds at most."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._entries, timeout):
+                log.error("audit log: the last %d entries cannot be written to %s", len(self._entries), self._path)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._entries)
+                line, lost = self._entries[0], self._lost
+            try:
+                self._follow_path()
+                if lost and not self._rest:
+                    self._note_loss(lost)
+                self._write(line)
+            except OSError as exc:
+                if not self._failing:
+                    log.error("audit log: cannot write to %s, trying again: %s", self._path, exc.strerror)
+                self._failing = True
+                time.sleep(AUDIT_RETRY)
+                continue
+            self._failing = False
+            with self._changed:
+                self._entries.popleft()
+                self._size -= len(line)
+                self._changed.notify_all()
+
+    def _follow_path(self) -> None:
+        """Open the file anew if another one, or none, is at its path: somebody rotates it."""
+        before = os.fstat(self._fd)
+        try:
+            found = os.lstat(self._path)
+            if (found.st_dev, found.st_ino) == (before.st_dev, before.st_ino):
+                return
+        except FileNotFoundError:
+            pass
+        try:
+            fd = self._open()
+        except OSError:
+            if before.st_nlink:  # renamed: what is written there can be read
+                return
+            raise
+        os.close(self._fd)
+        self._fd = fd
+        self._rest = b""  # the line belongs into one file, as a whole
+
+    def _note_loss(self, lost: int) -> None:
+        self._write(json.dumps({"time": rfc3339(time.time()), "event": "lost", "entries": lost}) + "\n")
+        log.error("audit log: %d entries are missing in %s: it could not be written fast enough", lost, self._path)
+        with self._changed:
+            self._lost -= lost
+
+    def _write(self, line: str) -> None:
+        """Write a line, or what is left of it from the last time."""
+        self._rest = self._rest or line.encode()
+        while self._rest:
+            self._rest = self._rest[os.write(self._fd, self._rest) :]
+
+
+class AuditLines:
+    """The audit log among the log's lines, on stderr."""
+
+    def __init__(self, handler: LogHandler, counters: Counters) -> None:
+        self._handler = handler
+        self._counters = counters
+
+    def write(self, entry: Mapping[str, object]) -> None:
+        """Queue an entry."""
+        record = logging.LogRecord(log.name, logging.INFO, "", 0, "audit", (), None)
+        record.audit = entry
+        if not self._handler.handle(record):
+            self._counters.count(AUDIT_LOST)
+
+    def flush(self, timeout: float) -> None:
+        self._handler.flush(timeout)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Who:
+    """A client, as the log and the audit log name it."""
+
+    peer: str  # its address
+    subject: str = ""  # its certificate's name, if it has shown one
+
+    @property
+    def name(self) -> str:
+        """Both, for the log."""
+        return f"{self.peer} ({self.subject})" if self.subject else self.peer
+
+    def describe(self) -> dict[str, str]:
+        return {"peer": self.peer} | ({"subject": self.subject} if self.subject else {})
+
+
+class Cause(enum.StrEnum):
+    """Why a session ended, if not by itself."""
+
+    CLIENT = "ended by its client"
+    CONNECTION = "its connection ended"
+    NOT_RESUMED = "nobody resumed it in time"
+    STDIN_OVERFLOW = "its stdin overflowed"
+    AGENT = "the agent ended"
+
+
+def kind_of(request: Opening) -> Kind:
+    if isinstance(request, Exec):
+        return Kind.DETACHED if request.detach else Kind.EXEC
+    return Kind.ATTACH if isinstance(request, Attach) else Kind.ARCHIVE
+
+
+def describe_opening(request: Opening) -> dict[str, object]:
+    """What a client wants to be done, for the audit log. Of variables only the names: values are secrets."""
+    facts: dict[str, object] = {"kind": kind_of(request)}
+    if isinstance(request, Exec):
+        names = [variable.partition("=")[0] for variable in request.env]
+        facts |= {"cmd": request.cmd, "env": names, "workdir": request.workdir, "user": request.user}
+        return facts | {"tty": request.tty}
+    if isinstance(request, Attach):
+        return facts | {"to": request.session}
+    return facts | {"direction": "get" if isinstance(request, ArchiveGet) else "put", "path": request.path}
+
+
+class Record:
+    """One session in the books: it is counted, and the audit log is told of it.
+
+    The threads that run the session write it; its start and its end are told once.
+    """
+
+    def __init__(self, books: Books, who: Who, request: Opening) -> None:
+        self.kind = kind_of(request)
+        self._books = books
+        self._request = request
+        self._key = secrets.token_hex(8)  # session ids may come again
+        # For log lines. Changed when another connection takes the session over.
+        self.extra = {"peer": who.name, "session": request.id}
+        self._lock = threading.Lock()  # guards the attributes below
+        self._who = who
+        self._started = 0.0  # Unix time
+        self._ended = False
+        self._cause = ""
+
+    @property
+    def cause(self) -> str:
+        """Why it ends, in brackets, for the end of a log line; "" if by itself."""
+        return f" ({self._cause})" if self._cause else ""
+
+    def _tell(self, event: str, who: Who, **facts: object) -> None:
+        self._books.tell(event, who, session=self._request.id, key=self._key, **facts)
+
+    def start(self, pid: int = 0) -> None:
         """What it is for has begun."""
         with self._lock:
-            self._started = True
-        self._counters.count(SESSIONS_STARTED, self._kind)
+            self._started = time.time()
+            who = self._who
+        self._books.begin(self)
+        self._tell("start", who, **describe_opening(self._request), **({"pid": pid} if pid else {}))
+
+    def refuse(self, reason: str, message: str) -> None:
+        """It could not begin."""
+        self.error(reason)
+        facts = describe_opening(self._request)
+        self._tell("refused", self._who, **facts, reason=reason, error=message)
 
     def error(self, reason: str) -> None:
-        """Its client is told of an error: mostly that it could not begin."""
-        self._counters.count(ERRORS, reason)
+        """Its client is told of an error."""
+        self._books.counters.count(ERRORS, reason)
 
-    def end(self) -> None:
+    def signal(self, number: int, who: Who) -> None:
+        """A client has sent it a signal."""
+        name = signal_name(number)
+        log.info("signal %s", name, extra={**self.extra, "peer": who.name})
+        self._tell("signal", who, signal=name)
+
+    def park(self, window: float) -> None:
+        """Its connection has ended."""
+        self._books.counters.count(SESSIONS_PARKED)
+        log.info("its connection has ended: it can be resumed for %g s", window, extra=self.extra)
+        self._tell("parked", self._who)
+
+    def resume(self, who: Who) -> None:
+        """Another connection has it now."""
+        with self._lock:
+            self._who = who
+        self.extra["peer"] = who.name
+        self._books.counters.count(SESSIONS_RESUMED)
+        log.info("session resumed", extra=self.extra)
+        self._tell("resumed", who)
+
+    def expire(self) -> None:
+        """No other connection came for it."""
+        self.because(Cause.NOT_RESUMED)
+        self._books.counters.count(SESSIONS_EXPIRED)
+        log.warning("nobody resumed the session in time: it is ended", extra=self.extra)
+
+    def because(self, cause: Cause) -> None:
+        """Something ends it. Of several causes the first one counts."""
+        with self._lock:
+            self._cause = self._cause or cause
+
+    def end(self, code: int | None = None, killed_by: int = 0, error: Error | None = None) -> None:
         """It is over; what was over already, or never began, stays as it is."""
         with self._lock:
             if self._ended or not self._started:
                 return
             self._ended = True
-        self._counters.count(SESSIONS_ENDED, self._kind)
+            who, started, cause = self._who, self._started, self._cause
+        self._books.finish(self)
+        now = time.time()
+        facts: dict[str, object] = {"kind": self.kind, "started": rfc3339(started), "ended": rfc3339(now)}
+        facts |= {"code": code} if code is not None else {}
+        facts |= {"signal": signal_name(killed_by)} if killed_by else {}
+        facts |= {"reason": error.reason, "error": error.message} if error is not None else {}
+        facts |= {"because": cause} if cause else {}
+        self._tell("end", who, **facts)
+
+
+def signal_name(number: int) -> str:
+    """``SIGTERM``, or what a signal without a name is called."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}" if number > signal.SIGRTMIN else f"signal {number}"
+
+
+class Books:
+    """What is kept of all sessions: totals, the audit log, and which are open."""
+
+    def __init__(self, counters: Counters | None = None, audit: AuditLog | AuditLines | None = None) -> None:
+        self.counters = counters or Counters()
+        self._audit = audit
+        self._lock = threading.Lock()  # guards _open
+        self._open: set[Record] = set()
+
+    def begin(self, record: Record) -> None:
+        with self._lock:
+            self._open.add(record)
+        self.counters.count(SESSIONS_STARTED, record.kind)
+
+    def finish(self, record: Record) -> None:
+        with self._lock:
+            self._open.discard(record)
+        self.counters.count(SESSIONS_ENDED, record.kind)
+
+    def tell(self, event: str, who: Who, **facts: object) -> None:
+        """Tell the audit log, if there is one."""
+        if self._audit is not None:
+            self._audit.write({"time": rfc3339(time.time()), "event": event, **who.describe(), **facts})
+
+    def because(self, cause: Cause) -> None:
+        """Something ends every session."""
+        with self._lock:
+            records = list(self._open)
+        for record in records:
+            record.because(cause)
+
+    def close(self, timeout: float) -> None:
+        """The agent ends, and with it what is open still. Waits for the audit log, ``timeout`` seconds at most."""
+        with self._lock:
+            records = list(self._open)
+        for record in records:
+            record.because(Cause.AGENT)
+            record.end()
+        if self._audit is not None:
+            self._audit.flush(timeout)
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -2293,6 +2616,7 @@ class Child:
         self.cookie = cookie
         self.exited = threading.Event()
         self.returncode: int | None = None  # 128+n for signal n; written once, by the reaper
+        self.killed_by = 0  # the signal that ended it; written before exited is set
         self._reaper = reaper
         self._on_exit = on_exit
 
@@ -2316,6 +2640,7 @@ class Child:
 
     def _set_status(self, status: int) -> None:
         self.returncode = returncode_of(status)
+        self.killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         self.exited.set()
         self._on_exit(self.returncode)
 
@@ -2375,6 +2700,7 @@ class Reaper:
                 self._spawning -= 1
                 status = self._claim(pid) if pid else None
                 if self._spawning == 0:
+                    self.orphans += len(self._unclaimed)
                     self._unclaimed.clear()
                 if pid:
                     child = Child(self, pid, command.cookie, on_exit)
@@ -2396,6 +2722,7 @@ class Reaper:
         except ChildProcessError:
             return status
         # The child is still to be reaped: the status was that of an orphan with the same PID.
+        self.orphans += 1
         return None
 
     @contextlib.contextmanager
@@ -2850,6 +3177,7 @@ class Input:
 
     def __init__(self, pool: ThreadPool, limit: int) -> None:
         self.limit = limit  # bytes
+        self.extra: Mapping[str, str] = {}  # for log lines; set before open()
         self._pool = pool
         # Guards the attributes below. Held during write(2) on a non-blocking
         # descriptor: that and close(2) must not cross, and never wait.
@@ -2964,7 +3292,8 @@ class Input:
         try:
             self._pool.submit(self._write_queue)
         except RuntimeError as exc:
-            log.error("stdin: no thread to write %d bytes, until more input comes: %s", self._queued, exc)
+            log.error("stdin: no thread to write %d bytes, until more input comes: %s", self._queued, exc,
+                      extra=self.extra)  # fmt: skip
             self._stop_writer(restart=False)
 
     def _write_queue(self) -> None:
@@ -3895,7 +4224,7 @@ class Runtime:
     terminals: TerminalPump
     endings: Endings = dataclasses.field(default_factory=Endings)
     archives: Endings = dataclasses.field(default_factory=Endings)  # those that are packed or unpacked
-    counters: Counters = dataclasses.field(default_factory=Counters)
+    books: Books = dataclasses.field(default_factory=Books)
 
     def end_later(self, children: Sequence[Child]) -> None:
         """End what these children started, without waiting for it."""
@@ -3976,6 +4305,11 @@ class Process:
         """The process's PID, 0 before it has started."""
         return self._child.pid if self._child is not None else 0
 
+    @property
+    def killed_by(self) -> int:
+        """The signal that ended it, 0 if it ended by itself or has not ended."""
+        return self._child.killed_by if self._child is not None else 0
+
     def start(
         self,
         cmd: Sequence[str],
@@ -4003,7 +4337,7 @@ class Process:
         except SpawnError:
             self._exited.release()
             raise
-        self._runtime.counters.spawned(time.monotonic() - began)
+        self._runtime.books.counters.spawned(time.monotonic() - began)
         self._become_running()
 
     def _start_on_pipes(self, command: Command) -> None:
@@ -4154,7 +4488,7 @@ class SessionHost(Protocol):
 
     def open_channel(self, session_id: str) -> Channel: ...
 
-    def open_record(self, kind: Kind) -> Record: ...
+    def open_record(self, request: Opening) -> Record: ...
 
     def forget(self, session: Session) -> None:
         """The session has ended: its id is free again."""
@@ -4172,6 +4506,7 @@ class Session(Protocol):
     """What a connection can do with a session, whatever its kind. Nothing here blocks."""
 
     id: str
+    record: Record
 
     def write(self, data: bytes) -> None: ...
 
@@ -4210,11 +4545,12 @@ class ExecSession:
         self.id = request.id
         self.host = host
         self.channel = host.open_channel(request.id)
-        self.record = host.open_record(Kind.EXEC)
+        self.record = host.open_record(request)
         self.started_at = 0.0  # Unix time
         self._request = request
         self._runtime = runtime
         self._process = Process(runtime, sink or self.channel, self._finished, tty=request.tty)
+        self._process.input.extra = self.record.extra
 
     def run(self) -> None:
         """Start the command and read its stdout, in a pool thread."""
@@ -4223,24 +4559,29 @@ class ExecSession:
             start_as_requested(self._process, request)
         except SpawnError as exc:
             self._not_started(exc)
-            log.info("exec failed: %s", exc, extra={"session": self.id})
+            log.info("exec failed: %s", exc, extra=self.record.extra)
             return
         self.started_at = time.time()
-        self.record.start()
+        self.record.start(self._process.pid)
         self._started()
-        log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra={"session": self.id})
+        log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra=self.record.extra)
         self._process.pump()
 
     def _started(self) -> None:
         """The command runs."""
 
     def _not_started(self, error: SpawnError) -> None:
-        self.record.error(error.reason)
+        self.record.refuse(error.reason, str(error))
         self.channel.send(Error(self.id, str(error), error.reason), lambda: self.host.forget(self))
 
+    def _note_end(self, code: int) -> None:
+        record, killed_by = self.record, self._process.killed_by
+        by = f", by {signal_name(killed_by)}" if killed_by else ""
+        log.info("exec ended: exit code %d%s%s", code, by, record.cause, extra=record.extra)
+        record.end(code, killed_by)
+
     def _finished(self, code: int) -> None:
-        self.record.end()
-        log.info("exec ended: exit code %d", code, extra={"session": self.id})
+        self._note_end(code)
         # The id is free once its exit is on its way: another session's output must not come before it.
         self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
 
@@ -4254,13 +4595,14 @@ class ExecSession:
             # Version 1 has no flow control. A gap in stdin would be silent
             # damage, so the command ends, and its client is told why.
             self.record.error(Reason.STDIN_OVERFLOW)
+            self.record.because(Cause.STDIN_OVERFLOW)
             self.host.send(Error(self.id, f"stdin: {exc}; the command is killed", Reason.STDIN_OVERFLOW))
-            log.warning("exec killed: %s", exc, extra={"session": self.id})
+            log.warning("exec killed: %s", exc, extra=self.record.extra)
             self._process.input.discard()
             try:
                 self._process.send_signal(signal.SIGKILL)
             except PermissionError:
-                log.warning("cannot kill it: it belongs to another user", extra={"session": self.id})
+                log.warning("cannot kill it: it belongs to another user", extra=self.record.extra)
 
     def queued(self) -> int:
         """Bytes of stdin that wait for the command to read them."""
@@ -4450,7 +4792,7 @@ class DetachedCommand(LoggedProcess):
             self._tell(Error(self.id, str(exc), exc.reason))
             raise
         self.started_at = time.time()
-        self.record.start()
+        self.record.start(self.pid)
         self._tell(Started(self.id, self.pid, ""))
 
     def _tell(self, outcome: Started | Error) -> None:
@@ -4482,8 +4824,8 @@ class DetachedCommand(LoggedProcess):
         return state | super().describe()
 
     def _on_finished(self, code: int) -> None:
-        self.record.end()
-        log.info("detached command ended: exit code %d", code, extra={"session": self.id})
+        log.info("detached command ended: exit code %d%s", code, self.record.cause, extra=self.record.extra)
+        self.record.end(code, self._process.killed_by)
         self._on_end()  # before anybody hears of it: its id and its place are free
         super()._on_finished(code)
 
@@ -4559,30 +4901,34 @@ class AttachSession:
         self._request = request
         self._target = process
         self.channel = host.open_channel(request.id)
-        self.record = host.open_record(Kind.ATTACH)
+        self.record = host.open_record(request)
         self._cursor = process.log.follow(not request.no_replay)
         self._left = False  # written before the cursor is closed
 
     def run(self) -> None:
         """Copy the log to the client until it ends or the client leaves, in a pool thread."""
-        self.record.start()
-        log.info("attach started", extra={"session": self.id})
+        self.record.start(self._target.pid)
+        log.info("attach started", extra=self.record.extra)
         while self.channel.wait_for_room() and (part := self._cursor.read()) is not None:
             if part.lost:
                 self._report_loss(part.lost)
             for stream, data in part.chunks:
                 self.channel.put(stream, data)
         self._cursor.close()
-        self.record.end()
-        code = self._target.code
-        if code is not None and not self._left:
+        code = self._code()
+        self.record.end(code)
+        if code is not None:
             self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
         else:  # the client has left, and the main process goes on
             self.host.forget(self)
-        log.info("attach ended", extra={"session": self.id})
+        log.info("attach ended%s", self.record.cause, extra=self.record.extra)
+
+    def _code(self) -> int | None:
+        """The exit code of what it is attached to; None if the client has left before."""
+        return self._target.code if not self._left else None
 
     def _report_loss(self, lost: int) -> None:
-        log.warning("attach lost %d bytes: the client reads too slowly", lost, extra={"session": self.id})
+        log.warning("attach lost %d bytes: the client reads too slowly", lost, extra=self.record.extra)
         stream = Stream.STDOUT if self._target.tty else Stream.STDERR
         self.channel.send(Output(self.id, stream, describe_loss(lost, self._target.log.capacity), lost))
 
@@ -4620,6 +4966,7 @@ class FlowSession(Protocol):
     # session's lock, too, may rely on its connection being the session's for so long.
     host: SessionHost
     channel: Channel
+    record: Record
     tie: Tie
 
     def run(self) -> None: ...
@@ -4682,13 +5029,12 @@ class FlowExecSession(ExecSession):
         self.tie.flow.begin(Started(self.id, self._process.pid, self.tie.secret))
 
     def _not_started(self, error: SpawnError) -> None:
-        self.record.error(error.reason)
+        self.record.refuse(error.reason, str(error))
         self.host.forget(self)  # first: from now on nobody takes it over, and its channel stays what it is
         self.channel.send(Error(self.id, str(error), error.reason))
 
     def _finished(self, code: int) -> None:
-        self.record.end()
-        log.info("exec ended: exit code %d", code, extra={"session": self.id})
+        self._note_end(code)
         self.tie.flow.finish(Exit(self.id, code))  # and kept, until its client says that it has it
         if self.tie.ending:
             self.host.settle(self)
@@ -4741,22 +5087,22 @@ class FlowAttachSession(AttachSession):
         self.tie.flow.connect(self.channel)
 
     def run(self) -> None:
-        self.record.start()
-        log.info("attach started", extra={"session": self.id})
+        self.record.start(self._target.pid)
+        log.info("attach started", extra=self.record.extra)
         flow = self.tie.flow
         flow.begin(Started(self.id, self._target.pid, self.tie.secret, self._cursor.replay))
         while flow.wait_for_room() and (part := self._cursor.read(FIRST_READ)) is not None:
             if part.lost:
-                log.warning("attach lost %d bytes: the client reads too slowly", part.lost, extra={"session": self.id})
+                log.warning("attach lost %d bytes: the client reads too slowly", part.lost, extra=self.record.extra)
                 flow.announce_loss(self.id, part.lost)
             for stream, data in part.chunks:
                 flow.put(stream, data)
         self._cursor.close()
-        self.record.end()
-        code = self._target.code
-        if code is not None and not self._left:
+        code = self._code()
+        self.record.end(code)
+        if code is not None:
             flow.finish(Exit(self.id, code))
-        log.info("attach ended", extra={"session": self.id})
+        log.info("attach ended%s", self.record.cause, extra=self.record.extra)
 
     def write(self, data: bytes) -> None:
         self.tie.received += len(data)
@@ -4802,7 +5148,7 @@ class DetachingSession:
         self._on_end = on_end
         self._runtime = runtime
         self._commands = commands
-        self.record = host.open_record(Kind.DETACHED)
+        self.record = host.open_record(request)
         self._command = DetachedCommand(runtime, request, self.record, self._ended)
         commands.add(self._command)
 
@@ -4812,12 +5158,12 @@ class DetachingSession:
             self._command.start()
         except SpawnError as exc:
             self._commands.remove(self._command)
-            self.record.error(exc.reason)
+            self.record.refuse(exc.reason, str(exc))
             self.channel.send(Error(self.id, str(exc), exc.reason), self._give_up)
-            log.info("exec failed: %s", exc, extra={"session": self.id})
+            log.info("exec failed: %s", exc, extra=self.record.extra)
             return
         log.info("detached command started: pid %d, %s", self._command.pid, self._command.request.cmd[0][:200],
-                 extra={"session": self.id})  # fmt: skip
+                 extra=self.record.extra)  # fmt: skip
         self.channel.send(Started(self.id, self._command.pid, ""), self._go)
         self._command.pump()
 
@@ -5754,7 +6100,7 @@ class ArchiveSession:
         self.id = request.id
         self.host = host
         self.channel = host.open_channel(request.id)
-        self.record = host.open_record(Kind.ARCHIVE)
+        self.record = host.open_record(request)
         self.tie = Tie(request)
         self.tie.flow.connect(self.channel)
         self.started_at = time.time()
@@ -5776,9 +6122,11 @@ class ArchiveSession:
         self.tie.flow.begin(Started(self.id, 0, self.tie.secret))
         self.record.start()
         last = self._copy()
-        self.record.end()
         if isinstance(last, Error):
             self.record.error(last.reason)
+            self.record.end(error=last)
+        else:
+            self.record.end(last.code if last is not None else None)
         if last is not None:
             self.tie.flow.finish(last)
         else:
@@ -5787,7 +6135,7 @@ class ArchiveSession:
     def _copy(self) -> Exit | Error | None:
         """Copy, and return the session's last word; None if nobody is there to hear it."""
         request = self._request
-        extra = {"session": self.id}
+        extra = self.record.extra
         log.info("archive %s: %s", "out of" if isinstance(request, ArchiveGet) else "into", request.path, extra=extra)
         try:
             if isinstance(request, ArchiveGet):
@@ -5798,11 +6146,12 @@ class ArchiveSession:
             log.info("archive failed: %s", exc, extra=extra)
             return Error(self.id, str(exc), exc.reason)
         except _Abandoned:
-            log.info("archive abandoned", extra=extra)
+            log.info("archive abandoned%s", self.record.cause, extra=extra)
             return None
         except Exception as exc:
             log.exception("archive: unexpected error", extra=extra)
             return Error(self.id, f"unexpected error: {exc}", Reason.ARCHIVE_FAILED)
+        log.info("archive ended", extra=extra)
         return Exit(self.id, 0)
 
     def _unpack(self, request: ArchivePut) -> None:
@@ -6321,6 +6670,27 @@ class TLSStream:
         """Ignored: the deadline of a closing handshake is kept by websockets' close()."""
 
 
+def who_is(sock: socket.socket) -> Who:
+    """Who is at the other end: an address, or what a unix socket knows of its client (SO_PEERCRED, unix(7))."""
+    try:
+        if sock.family == socket.AF_UNIX:
+            pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return Who(f"unix socket, pid {pid}, uid {uid}")
+        address = str(Address(*sock.getpeername()[:2]))
+    except OSError:  # what it sent before it left counts all the same
+        return Who("a peer that has left")
+    certificate = peer_certificate(sock)
+    names = [value for part in certificate.get("subject", ()) for kind, value in part if kind == "commonName"]
+    names += [value for _, value in certificate.get("subjectAltName", ())]
+    return Who(address, (names or ["a certificate without a name"])[0] if certificate else "")
+
+
+def peer_certificate(sock: socket.socket) -> dict[str, Any]:
+    """The certificate that a client showed and that was verified; empty without one."""
+    stream: object = sock  # a TLSStream where QueuedConnection made one
+    return stream.peer_certificate() if isinstance(stream, TLSStream) else {}
+
+
 class QueuedConnection(WebSocket):
     """A websockets connection whose sending never blocks its receiving.
 
@@ -6341,14 +6711,15 @@ class QueuedConnection(WebSocket):
     paced = False
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        stream = cast(socket.socket, TLSStream(sock)) if isinstance(sock, ssl.SSLSocket) else sock
+        self.who = who_is(stream)
         self.outbox = Outbox(self.masked, self.paced)
         self.last_received = time.monotonic()  # written by the receiver alone
         self.progress: tuple[int, float] = (0, time.monotonic())  # see stuck_for(); the heartbeat's alone
         self._writing = False  # guarded by protocol_mutex; once True, everything goes through the outbox
         self._sent = 0  # bytes handed to the kernel, pings and pongs aside; the role's, see Outbox
         self._secure = isinstance(sock, ssl.SSLSocket)
-        super().__init__(cast(socket.socket, TLSStream(sock)) if isinstance(sock, ssl.SSLSocket) else sock,
-                         *args, **kwargs)  # fmt: skip
+        super().__init__(stream, *args, **kwargs)
 
     def start_writer(self, pool: ThreadPool) -> None:
         """Send from a thread of ``pool`` from now on; call it right after the handshake.
@@ -6464,7 +6835,7 @@ class QueuedConnection(WebSocket):
         return buffers
 
     def _fail(self, exc: OSError) -> None:
-        log.debug("connection lost while sending: %s", exc)
+        log.debug("connection lost while sending: %s", exc, extra={"peer": self.who.name})
         # The receiver sees the end of the stream and closes everything.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -6545,7 +6916,8 @@ class Heartbeat:
     def _check(self, connection: QueuedConnection) -> None:
         silence = connection.stuck_for() if self._strict else connection.silence()
         if silence > self._timeout:
-            log.warning("connection closed: nothing was heard of the peer for %.0f seconds", silence)
+            log.warning("connection closed: nothing was heard of the peer for %.0f seconds", silence,
+                        extra={"peer": connection.who.name})  # fmt: skip
             connection.close_socket()
         else:
             connection.send_ping()
@@ -6579,11 +6951,9 @@ class SessionRegistry:
         limit: int,
         main: MainProcess | None = None,
         describe_health: Callable[[], dict[str, Any]] | None = None,
-        counters: Counters | None = None,
     ) -> None:
         """``describe_health`` gives the health check's state."""
         self.limit = limit
-        self.counters = counters or Counters()
         self.detached = DetachedCommands()
         self._main = main
         self._describe_health = describe_health
@@ -6758,7 +7128,7 @@ class SessionRegistry:
         if child is not None:
             end(child)
         if not ending:
-            self.counters.count(SESSIONS_PARKED)
+            session.record.park(window)
 
     def _park(self, session: FlowSession, channel: Channel, window: float, end: Callable[[Child], None]) -> None:
         """Holds the lock."""
@@ -6803,6 +7173,7 @@ class SessionRegistry:
             message = Resumed(request.id, request.offset, tie.received, tie.closed, tie.heard)
             tie.flow.resume(channel, message, request.acked, _window_of(request))
             tie.flow.send(Ack(request.id, session.consumed(), tie.heard))  # the client may have missed that
+            session.record.resume(peer.who)
         return True
 
     def end(self, request: End) -> None:
@@ -6810,6 +7181,7 @@ class SessionRegistry:
         with self._lock:
             session = self._resumable.get(request.secret)
         if session is not None and session.id == request.id:
+            session.record.because(Cause.CLIENT)
             session.end()
 
     # What a parked session uses: SessionHost.
@@ -6817,7 +7189,7 @@ class SessionRegistry:
     def open_channel(self, session_id: str) -> Channel:
         raise AssertionError("a parked session has no connection")
 
-    def open_record(self, kind: Kind) -> Record:
+    def open_record(self, request: Opening) -> Record:
         raise AssertionError("a parked session has no connection")
 
     def send(self, message: Event) -> None:
@@ -6864,8 +7236,7 @@ class SessionRegistry:
                 self._count -= len(over)
             for session in over:
                 if not session.tie.flow.finished:
-                    self.counters.count(SESSIONS_EXPIRED)
-                    log.warning("nobody resumed the session in time: it is ended", extra={"session": session.id})
+                    session.record.expire()
                 child = session.leave()
                 if child is not None:
                     end(child)
@@ -6900,6 +7271,21 @@ class SessionRegistry:
                 self._remember(secret)
 
 
+def describe_request(request: Request) -> str:
+    """A message for the log: what it is, and of what it holds only what is no secret."""
+    facts: dict[str, object] = {}
+    if isinstance(request, Exec):
+        facts = {"command": request.cmd[0][:200], "arguments": len(request.cmd) - 1, "variables": len(request.env)}
+        facts |= {"tty": request.tty, "detach": request.detach}
+    elif isinstance(request, Stdin):
+        facts = {"bytes": len(request.data)}
+    else:
+        shown = ("signal", "width", "height", "offset", "path", "session", "processes")
+        facts = {name: getattr(request, name) for name in shown if getattr(request, name, None) not in (None, "")}
+    name = re.sub("(?<!^)(?=[A-Z])", "_", type(request).__name__).lower()
+    return ", ".join([name, *(f"{fact} {value!r}" for fact, value in facts.items())])
+
+
 class Peer:
     """One connected client: decodes and dispatches what it sends, owns its sessions.
 
@@ -6912,9 +7298,10 @@ class Peer:
         connection: QueuedConnection,
         registry: SessionRegistry,
         main: MainProcess | None,
-        name: str,
     ) -> None:
-        self.name = name  # for the log
+        self.who = connection.who
+        self._extra = {"peer": self.who.name}  # for the log
+        self._debugging = log.isEnabledFor(logging.DEBUG)
         self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
         self._runtime = runtime
         self._connection = connection
@@ -6926,13 +7313,13 @@ class Peer:
         self._calls: collections.deque[GetStats | ArchiveStat] = collections.deque()  # the first is being answered
         self.started = 0  # sessions so far; this and _received are the connection thread's alone
         self._received = 0  # bytes of stdin
-        runtime.counters.count(CONNECTIONS_OPENED, str(self.version))
+        runtime.books.counters.count(CONNECTIONS_OPENED, str(self.version))
         self._health = Channel(connection.outbox, "health")  # changes of it; used by the checking thread alone
         registry.add(self)
 
     def serve(self) -> None:
         """Handle the connection's messages until it ends; then end what it started, and leave the registry."""
-        log.info("connected", extra={"peer": self.name})
+        log.info("connected", extra=self._extra)
         how, why = "closed", "closed by the peer"
         try:
             for message in self._connection:
@@ -6942,9 +7329,9 @@ class Peer:
             why = f"lost: {exc}" if exc.__cause__ is None else f"lost: {exc} ({exc.__cause__})"
         finally:
             count = self._leave()
-            self._runtime.counters.count(CONNECTIONS_CLOSED, how)
+            self._runtime.books.counters.count(CONNECTIONS_CLOSED, how)
             self._registry.remove(self)  # only now: the agent's end looks here first, then at the endings
-            log.info("connection %s; %d sessions were running", why, count, extra={"peer": self.name})
+            log.info("connection %s; %d sessions were running", why, count, extra=self._extra)
 
     def close(self, code: int, reason: str) -> None:
         """Say goodbye: waits CLOSE_TIMEOUT at most for the peer to answer."""
@@ -6985,8 +7372,8 @@ class Peer:
     def open_channel(self, session_id: str) -> Channel:
         return Channel(self._connection.outbox, session_id, binary=self.version == 2)
 
-    def open_record(self, kind: Kind) -> Record:
-        return Record(self._runtime.counters, kind)
+    def open_record(self, request: Opening) -> Record:
+        return Record(self._runtime.books, self.who, request)
 
     def forget(self, session: Session) -> None:
         if self.version == 2:
@@ -7035,6 +7422,8 @@ class Peer:
         except MessageError as exc:
             self._refuse(exc.id, str(exc), Reason.BAD_MESSAGE)
             return
+        if self._debugging and not isinstance(request, Ack):
+            log.debug("request: %s", describe_request(request), extra={**self._extra, "session": request.id})
         if isinstance(request, Exec | Attach | ArchiveGet | ArchivePut):
             if not self._go_on(request):
                 self._start(request)
@@ -7068,6 +7457,8 @@ class Peer:
         if stream is not Stream.STDIN:
             self._refuse(session_id, "data frame: only stdin goes to an agent", Reason.BAD_MESSAGE)
             return
+        if self._debugging:
+            log.debug("request: stdin, %d bytes", len(data), extra={**self._extra, "session": session_id})
         with self._lock:
             session = self._sessions.get(session_id)
             ended = session_id in self._ended_ids
@@ -7115,7 +7506,7 @@ class Peer:
             except ArchiveError as exc:
                 self._send_error(Error(call.id, str(exc), exc.reason))
             except Exception as exc:
-                log.exception("cannot answer", extra={"peer": self.name})
+                log.exception("cannot answer", extra=self._extra)
                 self._send_error(Error(call.id, f"unexpected error: {exc}", Reason.UNAVAILABLE))
             self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)  # meanwhile no more than CALLS_LIMIT are taken
             with self._lock:
@@ -7145,7 +7536,7 @@ class Peer:
 
     def _resume(self, request: Resume) -> None:
         if not self._claim(request):
-            self._refuse(request.id, "no session to resume: its id or secret is wrong, or its time is over",
+            self._refuse_opening(request, "no session to resume: its id or secret is wrong, or its time is over",
                          Reason.UNKNOWN_SESSION)  # fmt: skip
 
     def _go_on(self, request: Opening) -> bool:
@@ -7165,27 +7556,30 @@ class Peer:
         with self._lock:
             taken = request.id in self._sessions
         if taken:
-            self._refuse(request.id, "the session is this connection's already", Reason.DUPLICATE_SESSION)
+            self._refuse_opening(request, "the session is this connection's already", Reason.DUPLICATE_SESSION)
             return True
         try:
             if not self._registry.claim(request, self):
                 return False
         except ClaimError as exc:
-            self._refuse(request.id, str(exc), exc.reason)
+            self._refuse_opening(request, str(exc), exc.reason)
             return True
         self.started += 1
-        self._runtime.counters.count(SESSIONS_RESUMED)
-        log.info("session resumed", extra={"peer": self.name, "session": request.id})
         return True
 
     def _refuse(self, session_id: str, message: str, reason: Reason) -> None:
-        log.info("refused: %s", message, extra={"peer": self.name, "session": session_id})
+        log.info("refused: %s", message, extra={**self._extra, "session": session_id})
         self._send_error(Error(session_id, message, reason))
         # Only for a peer that floods us with nonsense and does not read the answers.
         self._connection.outbox.wait_for_calm(BACKLOG_LIMIT)
 
+    def _refuse_opening(self, request: Opening | Resume, message: str, reason: Reason) -> None:
+        facts = describe_opening(request) if not isinstance(request, Resume) else {"kind": "resume"}
+        self._runtime.books.tell("refused", self.who, session=request.id, **facts, reason=reason, error=message)
+        self._refuse(request.id, message, reason)
+
     def _send_error(self, error: Error) -> None:
-        self._runtime.counters.count(ERRORS, error.reason)
+        self._runtime.books.counters.count(ERRORS, error.reason)
         self.send(error)
 
     def _pass_on(self, request: ToSession, session: Session) -> None:
@@ -7214,6 +7608,7 @@ class Peer:
             self._received += len(request.data)
             session.write(request.data)
         elif isinstance(request, End):
+            session.record.because(Cause.CLIENT)
             session.end()
         elif isinstance(request, Ack):
             try:
@@ -7226,7 +7621,9 @@ class Peer:
             session.resize(request.width, request.height)
         else:
             try:
-                session.send_signal(parse_signal(request.signal))
+                number = parse_signal(request.signal)
+                session.send_signal(number)
+                session.record.signal(number, self.who)
             except ValueError as exc:
                 return f"signal: {exc}"
             except PermissionError:
@@ -7241,16 +7638,16 @@ class Peer:
                 self._remember(request.id)  # stdin may be behind a request that is refused
         limit = self._runtime.config.max_sessions
         if taken:
-            self._refuse(request.id, f"session id {request.id[:80]!r} is in use", Reason.DUPLICATE_SESSION)
+            self._refuse_opening(request, f"session id {request.id[:80]!r} is in use", Reason.DUPLICATE_SESSION)
         elif refusal := self._registry.refusal:
-            self._refuse(request.id, refusal, Reason.LIFETIME_EXPIRED)
+            self._refuse_opening(request, refusal, Reason.LIFETIME_EXPIRED)
         elif isinstance(request, Attach) and not request.session and self._main is None:
-            self._refuse(request.id, "there is no main process to attach to", Reason.NO_MAIN_PROCESS)
+            self._refuse_opening(request, "there is no main process to attach to", Reason.NO_MAIN_PROCESS)
         elif isinstance(request, Attach) and request.session and self._registry.detached.find(request.session) is None:
             text = f"no detached command has the id {request.session[:80]!r}"
-            self._refuse(request.id, text, Reason.NO_DETACHED_COMMAND)
+            self._refuse_opening(request, text, Reason.NO_DETACHED_COMMAND)
         elif count >= limit:
-            self._refuse(request.id, f"too many sessions: the connection's limit is {limit}", Reason.LIMIT)
+            self._refuse_opening(request, f"too many sessions: the connection's limit is {limit}", Reason.LIMIT)
         else:
             self._take_place_and_open(request)
 
@@ -7258,20 +7655,20 @@ class Peer:
         try:
             self._registry.take_place()
         except LimitError as exc:
-            self._refuse(request.id, str(exc), Reason.LIMIT)
+            self._refuse_opening(request, str(exc), Reason.LIMIT)
             return
         try:
             self._open(request)
         except LookupError as exc:
             self._registry.give_place()
             if not self._go_on(request):
-                self._refuse(request.id, str(exc), Reason.ID_TAKEN)
+                self._refuse_opening(request, str(exc), Reason.ID_TAKEN)
         except SessionExists:  # by now: the same request was under way on an earlier connection
             self._registry.give_place()
             self._go_on(request)
         except (OSError, RuntimeError, ValueError) as exc:  # no descriptor or thread left
             self._registry.give_place()
-            self._refuse(request.id, f"cannot start a session: {exc}", Reason.START_FAILED)
+            self._refuse_opening(request, f"cannot start a session: {exc}", Reason.START_FAILED)
 
     def _open(self, request: Opening) -> None:
         """Raises OSError or RuntimeError if the system refuses a descriptor or thread, LookupError for a taken id."""
@@ -7319,6 +7716,8 @@ class Peer:
                 resumable = cast(FlowSession, session)
                 self._registry.park(resumable, resumable.channel, window, self._end_child)
             return len(sessions)
+        for session in sessions:
+            session.record.because(Cause.CONNECTION)
         if self.version == 2:
             for session in sessions:
                 self._registry.forget(session)
@@ -7331,6 +7730,7 @@ class Peer:
         with self._lock:
             sessions = list(self._sessions.values())
         for session in sessions:
+            session.record.because(Cause.AGENT)
             session.leave()
 
 
@@ -7382,7 +7782,7 @@ class Metrics:
         out = _Exposition()
         info = {"version": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
         out.family(METRIC_PREFIX + "build_info", "gauge", "What runs here.", [(info, 1)])
-        totals = self._runtime.counters.totals()
+        totals = self._runtime.books.counters.totals()
         self._sessions(out, totals)
         self._queues(out)
         self._spawns(out, totals)
@@ -7443,6 +7843,9 @@ class Metrics:
             out.gauge("health_failing_streak", "Failed health checks in a row.", health["failingStreak"])
 
     def _agent(self, out: _Exposition) -> None:
+        lost = self._runtime.books.counters.log_lines_lost()
+        help_text = "Lines of the log that were dropped because stderr was not read."
+        out.family(METRIC_PREFIX + "log_lines_lost_total", "counter", help_text, [({}, lost)])
         busy, parked = self._runtime.pool.threads()
         samples = [({"state": "busy"}, busy), ({"state": "parked"}, parked)]
         out.family(METRIC_PREFIX + "pool_threads", "gauge", "Threads of the pool.", samples)
@@ -7513,6 +7916,7 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
         method = self._head.split(b" ", 1)[0]
         wrong_method = method.isalpha() and method.isupper() and method != b"GET"
         status = http.HTTPStatus.METHOD_NOT_ALLOWED if wrong_method else http.HTTPStatus.BAD_REQUEST
+        log.info("client refused: HTTP status %d", status, extra={"peer": self.who.name})
         allow = "Allow: GET\r\n" if wrong_method else ""
         body = f"{status.phrase}\n"
         return (
@@ -7567,25 +7971,6 @@ def accept_forever(listener: socket.socket, handler: Callable[[socket.socket, An
             time.sleep(ACCEPT_PAUSE)
 
 
-def name_of(sock: socket.socket) -> str:
-    """Whoever is at the other end, for the log: its address, and its certificate's name if it showed one."""
-    try:
-        where = sock.getpeername() if sock.family != socket.AF_UNIX else ""
-    except OSError:  # it has left already; what it sent before counts all the same
-        return "a peer that has left"
-    name = str(Address(*where[:2])) if where else "unix socket"
-    certificate = peer_certificate(sock)
-    names = [value for part in certificate.get("subject", ()) for kind, value in part if kind == "commonName"]
-    names += [value for _, value in certificate.get("subjectAltName", ())]
-    return f"{name} ({names[0] if names else 'a certificate without a name'})" if certificate else name
-
-
-def peer_certificate(sock: socket.socket) -> dict[str, Any]:
-    """The certificate that a client showed and that was verified; empty without one."""
-    stream: object = sock  # a TLSStream where QueuedConnection made one
-    return stream.peer_certificate() if isinstance(stream, TLSStream) else {}
-
-
 NO_TLS_HERE = (
     b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n"
     b"Content-Length: 48\r\n\r\nthis port speaks TLS: use https: or wss: for it\n"
@@ -7604,7 +7989,7 @@ def _linger(sock: socket.socket) -> None:
 
 def start_tls(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket | None:
     """A TLS server's handshake, for HANDSHAKE_TIMEOUT at most; None, and a line in the log, if it fails."""
-    name = name_of(sock)
+    name = who_is(sock).name
     try:
         with contextlib.ExitStack() as closing:
             closing.callback(sock.close)
@@ -7783,11 +8168,10 @@ class Server:
 
     def _serve_peer(self, connection: ServerConnection) -> None:
         assert isinstance(connection, ServerWebSocket)
-        name = name_of(connection.socket)
         connection.start_writer(self._runtime.pool)
         self._heartbeat.add(connection)
         try:
-            Peer(self._runtime, connection, self._registry, self._main, name).serve()
+            Peer(self._runtime, connection, self._registry, self._main).serve()
         finally:
             self._heartbeat.remove(connection)
 
@@ -7804,19 +8188,16 @@ class Server:
         if path == "/health":
             return self._answer(connection, json.dumps(self._registry.describe_health()) + "\n", "application/json")
         if self._tls is not None and self._tls.wants_certificate and not peer_certificate(connection.socket):
-            self._runtime.counters.count(AUTH_FAILURES, "certificate")
-            log.warning("client refused: no certificate", extra={"peer": name_of(connection.socket)})
+            self._turn_away(connection, "certificate", "no certificate")
             return connection.respond(http.HTTPStatus.FORBIDDEN, "a client certificate is needed\n")
         token = self._runtime.config.token
         if token and not hmac.compare_digest(bearer_token(request), token.encode("utf-8", "surrogateescape")):
-            self._runtime.counters.count(AUTH_FAILURES, "token")
-            log.warning("client refused: missing or wrong token")
+            self._turn_away(connection, "token", "missing or wrong token")
             response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
         if not token and is_foreign_page(request):
-            self._runtime.counters.count(AUTH_FAILURES, "origin")
-            log.warning("client refused: a web page of another host")
+            self._turn_away(connection, "origin", "a web page of another host")
             return connection.respond(http.HTTPStatus.FORBIDDEN, "pages of another host may not connect\n")
         if path == "/metrics":
             return self._answer(connection, self._metrics.text(), METRICS_TYPE)
@@ -7826,7 +8207,19 @@ class Server:
         self, connection: ServerConnection, request: HTTPRequest, response: HTTPResponse
     ) -> HTTPResponse | None:
         response.headers[INSTANCE_HEADER] = self._registry.instance
+        level = logging.DEBUG if response.status_code in (101, 200, 401, 403) else logging.INFO
+        path = request.path.partition("?")[0][:200]  # the query may hold the token
+        log.log(level, "GET %s: HTTP status %d", path, response.status_code,
+                extra={"peer": cast(ServerWebSocket, connection).who.name})  # fmt: skip
         return None
+
+    def _turn_away(self, connection: ServerConnection, reason: str, message: str) -> None:
+        """Tell everybody but the client about a client that may not connect."""
+        who = cast(ServerWebSocket, connection).who
+        books = self._runtime.books
+        books.counters.count(AUTH_FAILURES, reason)
+        books.tell("refused", who, reason=reason, error=message)
+        log.warning("client refused: %s", message, extra={"peer": who.name})
 
     def _answer(self, connection: ServerConnection, text: str, content_type: str) -> HTTPResponse:
         response = connection.respond(http.HTTPStatus.OK, text)
@@ -7965,7 +8358,8 @@ class ReverseDialer:
             self._settled.set()
             connection.close()
             return True
-        peer = Peer(self._runtime, connection, self._registry, self._main, str(self._runtime.config.callback))
+        connection.who = Who(str(self._runtime.config.callback))
+        peer = Peer(self._runtime, connection, self._registry, self._main)
         self._settled.set()
         self._heartbeat.add(connection)
         try:
@@ -8026,14 +8420,15 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 class Agent:
     """The agent as a whole: starts its parts, waits, and takes them down in order."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, books: Books | None = None) -> None:
         self._config = config
         self._stop_signals = (signal.SIGTERM, config.stop_signal)
-        self._runtime = Runtime(config, ThreadPool(), Reaper(config.init != "off"), TerminalPump())
+        self._runtime = Runtime(config, ThreadPool(), Reaper(config.init != "off"), TerminalPump(),
+                                books=books or Books())  # fmt: skip
         self._main = MainProcess(self._runtime) if config.keep_alive else None
         self._health = HealthChecker(self._runtime, self._push_health) if config.health_cmd else None
         describe_health = self._health.describe if self._health is not None else None
-        self._registry = SessionRegistry(config.max_total_sessions, self._main, describe_health, self._runtime.counters)
+        self._registry = SessionRegistry(config.max_total_sessions, self._main, describe_health)
         self._copier: OutputCopier | None = None
         # A signal's number, or one of the events above.
         self._events: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -8197,6 +8592,7 @@ class Agent:
         deadline = time.monotonic() + CLOSE_LINGER
         for peer in peers:
             peer.linger(max(deadline - time.monotonic(), 0))
+        self._runtime.books.because(Cause.AGENT)
         if self._main is not None:
             self._main.end(0)
         for peer in peers:
@@ -8217,6 +8613,7 @@ class Agent:
         if self._copier is not None:
             self._copier.finished.wait(LINGER)
         end_processes(None, 0)  # what was being started meanwhile
+        self._runtime.books.close(LINGER)
         code = self._main.code if self._main is not None else 0
         code = EXIT_FAILURE if code is None else self._config.exit_codes.get(code, code)
         code = code or EXIT_FAILURE if failed else code
@@ -8274,6 +8671,21 @@ def ensure_standard_descriptors() -> None:
             os.set_inheritable(fd, True)
 
 
+def open_books(config: Config, handler: LogHandler) -> Books:
+    """The books of an agent.
+
+    Raises:
+        OSError: if the audit log cannot be opened.
+    """
+    counters = Counters(lambda: handler.lost)
+    if config.audit_log == "-":
+        return Books(counters, AuditLines(handler, counters))
+    if config.audit_log:
+        formatter = LogFormatter("json", secrets_of(config))
+        return Books(counters, AuditLog(config.audit_log, counters, formatter))
+    return Books(counters)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the agent; ends the process with its exit code."""
     ensure_standard_descriptors()
@@ -8287,12 +8699,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if fault:
             print(fault)
         sys.exit(EXIT_FAILURE if fault else 0)
-    set_up_logging(config)
+    handler = set_up_logging(config)
     threading.excepthook = log_thread_failure
     forget_coerced_locale()
     hide_secrets([config.token, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
     try:
-        code = Agent(config).run()
+        books = open_books(config, handler)
+    except OSError as exc:
+        print(f"sockerless-agent: flag --audit-log: cannot open {config.audit_log!r}: {exc.strerror}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    try:
+        code = Agent(config, books).run()
     except Exception:
         log.exception("unexpected error")
         code = EXIT_FAILURE

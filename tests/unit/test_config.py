@@ -57,6 +57,7 @@ SAMPLES = {
     "pid-file": ("/run/main.pid", "/run/main.pid", "/x", []),
     "log-level": ("warn", "warn", "debug", ["warning", "INFO", "0"]),
     "log-format": ("json", "json", "text", ["yaml"]),
+    "audit-log": ("/var/log/audit", "/var/log/audit", "-", []),
     "token-file": (None, "from-a-file", None, ["/nonexistent/token", "/", "/dev/null"]),
     "health-cmd": ("curl -f localhost", "curl -f localhost", "true", []),
     "health-interval": ("5s", 5.0, "1s", ["0", "0s", "x"]),
