@@ -1587,7 +1587,7 @@ class LogFormatter(logging.Formatter):
         if "audit" in facts:
             return json.dumps(self.hide_all(facts["audit"]))
         if "websocket" in facts:  # a line of the library's
-            facts.setdefault("peer", getattr(facts["websocket"], "peer", ""))
+            facts.setdefault("peer", facts["websocket"].who.name)
         extra = {name: self.hide(str(facts[name])) for name in ("peer", "session") if name in facts}
         if self.as_json:
             return json.dumps({"time": when, "level": level, "message": "\n".join(lines), **extra})
@@ -1951,10 +1951,11 @@ class Who:
     """A client, as the log and the audit log name it."""
 
     peer: str  # its address
-    subject: str = ""  # its certificate's, if it has shown one
+    subject: str = ""  # its certificate's name, if it has shown one
 
     @property
     def name(self) -> str:
+        """Both, for the log."""
         return f"{self.peer} ({self.subject})" if self.subject else self.peer
 
     def describe(self) -> dict[str, str]:
@@ -2699,6 +2700,7 @@ class Reaper:
                 self._spawning -= 1
                 status = self._claim(pid) if pid else None
                 if self._spawning == 0:
+                    self.orphans += len(self._unclaimed)
                     self._unclaimed.clear()
                 if pid:
                     child = Child(self, pid, command.cookie, on_exit)
@@ -2720,6 +2722,7 @@ class Reaper:
         except ChildProcessError:
             return status
         # The child is still to be reaped: the status was that of an orphan with the same PID.
+        self.orphans += 1
         return None
 
     @contextlib.contextmanager
@@ -4789,6 +4792,7 @@ class DetachedCommand(LoggedProcess):
         except SpawnError as exc:
             self._tell(Error(self.id, str(exc), exc.reason))
             raise
+        self.started_at = time.time()
         self.record.start(self.pid)
         self._tell(Started(self.id, self.pid, ""))
 
@@ -6676,23 +6680,19 @@ class TLSStream:
         """Ignored: the deadline of a closing handshake is kept by websockets' close()."""
 
 
-def peer_name(sock: socket.socket) -> str:
+def who_is(sock: socket.socket) -> Who:
     """Who is at the other end: an address, or what a unix socket knows of its client (SO_PEERCRED, unix(7))."""
     try:
-        if sock.family != socket.AF_UNIX:
-            return str(Address(*sock.getpeername()[:2]))
-        pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        return f"unix socket, pid {pid}, uid {uid}"
+        if sock.family == socket.AF_UNIX:
+            pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return Who(f"unix socket, pid {pid}, uid {uid}")
+        address = str(Address(*sock.getpeername()[:2]))
     except OSError:  # what it sent before it left counts all the same
-        return "a peer that has left"
-
-
-def subject_of(sock: socket.socket) -> str:
-    """What the certificate says that a client showed: its common name, else another; "" without one."""
+        return Who("a peer that has left")
     certificate = peer_certificate(sock)
     names = [value for part in certificate.get("subject", ()) for kind, value in part if kind == "commonName"]
     names += [value for _, value in certificate.get("subjectAltName", ())]
-    return (names[0] if names else "a certificate without a name") if certificate else ""
+    return Who(address, (names or ["a certificate without a name"])[0] if certificate else "")
 
 
 def peer_certificate(sock: socket.socket) -> dict[str, Any]:
@@ -6721,15 +6721,15 @@ class QueuedConnection(WebSocket):
     paced = False
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        self.peer = peer_name(sock)  # for the log
+        stream = cast(socket.socket, TLSStream(sock)) if isinstance(sock, ssl.SSLSocket) else sock
+        self.who = who_is(stream)
         self.outbox = Outbox(self.masked, self.paced)
         self.last_received = time.monotonic()  # written by the receiver alone
         self.progress: tuple[int, float] = (0, time.monotonic())  # see stuck_for(); the heartbeat's alone
         self._writing = False  # guarded by protocol_mutex; once True, everything goes through the outbox
         self._sent = 0  # bytes handed to the kernel, pings and pongs aside; the role's, see Outbox
         self._secure = isinstance(sock, ssl.SSLSocket)
-        super().__init__(cast(socket.socket, TLSStream(sock)) if isinstance(sock, ssl.SSLSocket) else sock,
-                         *args, **kwargs)  # fmt: skip
+        super().__init__(stream, *args, **kwargs)
 
     def start_writer(self, pool: ThreadPool) -> None:
         """Send from a thread of ``pool`` from now on; call it right after the handshake.
@@ -6845,7 +6845,7 @@ class QueuedConnection(WebSocket):
         return buffers
 
     def _fail(self, exc: OSError) -> None:
-        log.debug("connection lost while sending: %s", exc, extra={"peer": self.peer})
+        log.debug("connection lost while sending: %s", exc, extra={"peer": self.who.name})
         # The receiver sees the end of the stream and closes everything.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -6927,7 +6927,7 @@ class Heartbeat:
         silence = connection.stuck_for() if self._strict else connection.silence()
         if silence > self._timeout:
             log.warning("connection closed: nothing was heard of the peer for %.0f seconds", silence,
-                        extra={"peer": connection.peer})  # fmt: skip
+                        extra={"peer": connection.who.name})  # fmt: skip
             connection.close_socket()
         else:
             connection.send_ping()
@@ -7296,12 +7296,6 @@ def describe_request(request: Request) -> str:
     return ", ".join([name, *(f"{fact} {value!r}" for fact, value in facts.items())])
 
 
-def who_is(connection: WebSocket) -> Who:
-    """The client at the other end."""
-    assert isinstance(connection, QueuedConnection)
-    return Who(connection.peer, subject_of(connection.socket))
-
-
 class Peer:
     """One connected client: decodes and dispatches what it sends, owns its sessions.
 
@@ -7315,7 +7309,7 @@ class Peer:
         registry: SessionRegistry,
         main: MainProcess | None,
     ) -> None:
-        self.who = who_is(connection)
+        self.who = connection.who
         self._extra = {"peer": self.who.name}  # for the log
         self._debugging = log.isEnabledFor(logging.DEBUG)
         self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
@@ -7335,7 +7329,7 @@ class Peer:
 
     def serve(self) -> None:
         """Handle the connection's messages until it ends; then end what it started, and leave the registry."""
-        log.info("connected, protocol version %d", self.version, extra=self._extra)
+        log.info("connected", extra=self._extra)
         how, why = "closed", "closed by the peer"
         try:
             for message in self._connection:
@@ -8011,7 +8005,7 @@ class Refusals:
             self._delayed += delay
         if not count & (count - 1):  # a guesser does not fill the log: the 1st, 2nd, 4th, 8th ...
             times = f", {count} times from this address" if count > 1 else ""
-            log.warning("client refused: %s%s", why, times, extra={"peer": who_is(connection).name})
+            log.warning("client refused: %s%s", why, times, extra={"peer": cast(ServerWebSocket, connection).who.name})
         if delay:
             try:
                 connection.recv_events_thread.join(min(DELAY_FIRST * 2 ** min(count - 1, 10), DELAY_LAST))
@@ -8183,7 +8177,9 @@ class Doorway:
         for guest in [guest for guest in self._guests.values() if guest.deadline <= now]:
             if not guest.refused:
                 log.debug(
-                    "client dismissed: no request within %g s", HANDSHAKE_TIMEOUT, extra={"peer": peer_name(guest.sock)}
+                    "client dismissed: no request within %g s",
+                    HANDSHAKE_TIMEOUT,
+                    extra={"peer": who_is(guest.sock).name},
                 )
             self._dismiss(guest)
 
@@ -8300,7 +8296,7 @@ class Doorway:
         except ssl.SSLError as exc:
             why = getattr(exc, "verify_message", "") or exc.reason or str(exc)
             words = why.lower().replace("_", " ")
-            log.info("client refused: the TLS handshake failed: %s", words, extra={"peer": peer_name(guest.sock)})
+            log.info("client refused: the TLS handshake failed: %s", words, extra={"peer": who_is(guest.sock).name})
             if exc.reason == "HTTP_REQUEST":
                 self._refuse(guest, http.HTTPStatus.BAD_REQUEST, "this port speaks TLS: use https: or wss: for it\n")
             else:
@@ -8514,14 +8510,16 @@ class Server:
         level = logging.DEBUG if response.status_code in (101, 200, 401, 403) else logging.INFO
         path = request.path.partition("?")[0][:200]  # the query may hold the token
         log.log(level, "GET %s: HTTP status %d", path, response.status_code,
-                extra={"peer": cast(ServerWebSocket, connection).peer})  # fmt: skip
+                extra={"peer": cast(ServerWebSocket, connection).who.name})  # fmt: skip
         return None
 
     def _turn_away(self, connection: ServerConnection, reason: str, message: str) -> None:
         """Tell everybody but the client about a client that may not connect."""
         books = self._runtime.books
         books.counters.count(AUTH_FAILURES, reason)
-        books.tell("refused", who_is(connection), reason=reason, error=message)  # the log has it from Refusals
+        books.tell(
+            "refused", cast(ServerWebSocket, connection).who, reason=reason, error=message
+        )  # the log has it from Refusals
 
     def _answer(self, connection: ServerConnection, text: str, content_type: str) -> HTTPResponse:
         response = connection.respond(http.HTTPStatus.OK, text)
@@ -8660,7 +8658,7 @@ class ReverseDialer:
             self._settled.set()
             connection.close()
             return True
-        connection.peer = str(self._runtime.config.callback)
+        connection.who = Who(str(self._runtime.config.callback))
         peer = Peer(self._runtime, connection, self._registry, self._main)
         self._settled.set()
         self._heartbeat.add(connection)
