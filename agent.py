@@ -98,12 +98,14 @@ if __name__ == "__main__":
     # `docker diff` shows what changed since PID 1 started: leave no __pycache__.
     sys.dont_write_bytecode = True
 
-from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, SecurityError, WebSocketException
 from websockets.frames import CloseCode, Opcode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
 from websockets.protocol import OPEN
 from websockets.server import ServerProtocol
+from websockets.streams import StreamReader
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.connection import Connection as WebSocket
 from websockets.sync.server import ServerConnection, serve
@@ -951,6 +953,7 @@ def parse_signal(text: str) -> int:
 #    format; and the secrets, which reach no log, child or process listing.
 # ══════════════════════════════════════════════════════════════════════════════
 
+TOKEN_FILE_LIMIT = 64 << 10  # characters
 ENV_PREFIX = "SOCKERLESS_AGENT_"
 SECRET_VARIABLES = ("SOCKERLESS_AGENT_TOKEN", "SOCKERLESS_CALLBACK_URL", "SOCKERLESS_AGENT_CALLBACK")
 PID_FILE = "/tmp/.sockerless-mainpid"
@@ -1052,7 +1055,8 @@ class Config:
     log_level: str = "info"
     log_format: str = "text"
     audit_log: str = ""
-    token: str = dataclasses.field(default="", repr=False)
+    tokens: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    token_file: str = ""
     health_cmd: str = ""
     health_interval: float = 30.0
     health_timeout: float = 30.0
@@ -1069,7 +1073,7 @@ class Config:
     @property
     def reloadable(self) -> bool:
         """Whether there is something that SIGHUP reloads."""
-        return bool(self.tls_cert)
+        return bool(self.tls_cert or self.token_file)
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -1215,15 +1219,69 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
-def _read_token_file(path: str) -> str:
+def read_token_file(path: str) -> tuple[str, ...]:
+    """The tokens in a file, one a line.
+
+    Raises:
+        ValueError: if there are none, or one cannot be one. Shows nothing of them.
+    """
     try:
         with open(path, encoding="utf-8") as file:
-            token = file.read().strip()
+            text = file.read(TOKEN_FILE_LIMIT + 1)
     except (OSError, UnicodeDecodeError) as exc:
         raise ValueError(f"cannot read {path!r}: {exc}") from None
-    if not token:
+    tokens = tuple(line.strip() for line in text.split("\n") if line.strip())
+    if not tokens:
         raise ValueError(f"{path!r} is empty")
-    return token
+    if len(text) > TOKEN_FILE_LIMIT:
+        raise ValueError(f"{path!r} has more than {TOKEN_FILE_LIMIT >> 10} KiB")
+    _check_tokens(tokens)
+    return tokens
+
+
+def _check_tokens(tokens: Iterable[str]) -> None:
+    if any(not char.isprintable() or char == " " for token in tokens for char in token):
+        raise ValueError("the bearer token contains white space or a control character")
+
+
+class Tokens:
+    """The bearer tokens that are good: several, so that one can replace another while both are in use.
+
+    Replaced as a whole by reload(); any thread may ask meanwhile.
+    """
+
+    def __init__(self, tokens: Sequence[str], path: str = "") -> None:
+        """``path`` is the file that reload() reads, if there is one."""
+        self._path = path
+        self._key = secrets.token_bytes(32)
+        self.first = tokens[0] if tokens else ""
+        """What this side shows where it dials."""
+        self._digests = self._digest(tokens)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def reload(self) -> tuple[str, ...]:
+        """Read the file again, and return what it has; what was good before stays so if that fails.
+
+        Raises:
+            ValueError: if it cannot be read or used.
+        """
+        tokens = read_token_file(self._path)
+        self._digests = self._digest(tokens)
+        self.first = tokens[0]
+        return tokens
+
+    def accept(self, given: bytes) -> bool:
+        """Whether a token is one of them; takes as long for each, whatever they have in common."""
+        digest = hmac.digest(self._key, given, "sha256")  # of one length, so that the comparison tells none either
+        found = False
+        for known in self._digests:
+            found |= hmac.compare_digest(known, digest)
+        return found
+
+    def _digest(self, tokens: Iterable[str]) -> tuple[bytes, ...]:
+        return tuple(hmac.digest(self._key, token.encode("utf-8", "surrogateescape"), "sha256") for token in tokens)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1290,8 +1348,9 @@ OPTIONS = (
     Option("log-format", _one_of("text", "json"), "FORMAT", "text or json (default: text)"),
     Option("audit-log", str, "PATH",
            "append who ran what, when and how it ended to PATH, one JSON object a line; - for stderr"),
-    Option("token-file", _read_token_file, "PATH",
-           "read the bearer token from PATH; or set SOCKERLESS_AGENT_TOKEN", field="token"),
+    Option("token-file", read_token_file, "PATH",
+           "read the bearer tokens from PATH, one a line; SIGHUP reads them again; or set SOCKERLESS_AGENT_TOKEN",
+           field="tokens"),
     Option("health-cmd", str, "COMMAND", "check health with this shell command, as Docker's HEALTHCHECK does"),
     Option("health-interval", _parse_positive_duration, "DURATION", "time between two checks (default: 30s)"),
     Option("health-timeout", _parse_positive_duration, "DURATION", "how long a check may take (default: 30s)"),
@@ -1468,7 +1527,8 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
     """
     flags, command = _split_command(argv)
     given = vars(_make_parser().parse_args(flags))
-    values: dict[str, Any] = {"token": environ.get("SOCKERLESS_AGENT_TOKEN", "")}
+    token = environ.get("SOCKERLESS_AGENT_TOKEN", "")
+    values: dict[str, Any] = {"tokens": (token,) if token else ()}
     for option in OPTIONS:
         text, source = given[option.name], f"flag --{option.name}"
         if text is None:
@@ -1479,6 +1539,8 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
             values[option.target] = option.parse(text)
         except ValueError as exc:
             raise ConfigError(f"{source}: {exc}") from None
+        if option.name == "token-file":
+            values["token_file"] = text
     if "callback" not in values and environ.get("SOCKERLESS_CALLBACK_URL"):
         try:
             values["callback"] = parse_callback(environ["SOCKERLESS_CALLBACK_URL"])
@@ -1505,8 +1567,10 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError("flag --tty: there is no main process; it needs --keep-alive")
     if config.exit_with_main and not config.keep_alive:
         raise ConfigError("flag --exit-with-main: there is no main process; it needs --keep-alive")
-    if any(not char.isprintable() or char == " " for char in config.token):
-        raise ConfigError("the bearer token contains white space or a control character")
+    try:
+        _check_tokens(config.tokens)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from None
     return config
 
 
@@ -1548,13 +1612,21 @@ class LogFormatter(logging.Formatter):
     def __init__(self, style: str, hidden: Iterable[str]) -> None:
         super().__init__()
         self.as_json = style == "json"
+        self.hidden: list[str] = []  # longest first; replaced as a whole
+        self.add_secrets(hidden)
+
+    def add_secrets(self, hidden: Iterable[str]) -> None:
+        """Let no line show these either."""
         # As it is, and as repr() and JSON spell it: messages quote what they name.
         self.hidden = sorted(
             {
-                spelling
-                for secret in hidden
-                if secret
-                for spelling in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], repr('"' + secret)[2:-1])
+                *self.hidden,
+                *(
+                    spelling
+                    for secret in hidden
+                    if secret
+                    for spelling in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], repr('"' + secret)[2:-1])
+                ),
             },
             key=len,
             reverse=True,
@@ -1663,12 +1735,13 @@ def set_up_logging(config: Config) -> LogHandler:
     """Send log lines to stderr. A log that cannot be written never stops the agent."""
     logging.raiseExceptions = False
     handler = LogHandler()
-    handler.setFormatter(LogFormatter(config.log_format, secrets_of(config)))
+    handler.setFormatter(LogFormatter(config.log_format, config.callback.secrets()))
     level = {"warn": "warning"}.get(config.log_level, config.log_level).upper()
     root = logging.getLogger("sockerless")
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
+    hide_from_log(config.tokens)
     # At DEBUG websockets logs every header and frame, the token among them; at
     # INFO it repeats what this module logs better.
     logging.getLogger("sockerless.websockets").setLevel(logging.WARNING)
@@ -1677,7 +1750,28 @@ def set_up_logging(config: Config) -> LogHandler:
 
 def secrets_of(config: Config) -> tuple[str, ...]:
     """What no log may show."""
-    return (config.token, urllib.parse.quote(config.token, safe=""), *config.callback.secrets())
+    spellings = [spelling for token in config.tokens for spelling in (token, urllib.parse.quote(token, ""))]
+    return (*spellings, *config.callback.secrets())
+
+
+def hide_from_log(tokens: Iterable[str]) -> None:
+    """Let no line of the log show a token, as it is or as a URL has it."""
+    for handler in logging.getLogger("sockerless").handlers:
+        if isinstance(handler.formatter, LogFormatter):
+            handler.formatter.add_secrets(
+                spelling for token in tokens for spelling in (token, urllib.parse.quote(token, ""))
+            )
+
+
+def reload_tokens(tokens: Tokens) -> None:
+    """Read the token file again, and say in the log what became of it."""
+    try:
+        read = tokens.reload()
+    except ValueError as exc:
+        log.error("the tokens stay as they are: %s", exc)
+    else:
+        hide_from_log(read)
+        log.info("tokens: %d are good from now on", len(read))
 
 
 def forget_coerced_locale() -> None:
@@ -6698,7 +6792,11 @@ def who_is(sock: socket.socket) -> Who:
 def peer_certificate(sock: socket.socket) -> dict[str, Any]:
     """The certificate that a client showed and that was verified; empty without one."""
     stream: object = sock  # a TLSStream where QueuedConnection made one
-    return stream.peer_certificate() if isinstance(stream, TLSStream) else {}
+    if isinstance(stream, TLSStream):
+        return stream.peer_certificate()
+    if isinstance(stream, ssl.SSLSocket) and stream.version() is not None:  # else its handshake is not over
+        return stream.getpeercert() or {}
+    return {}
 
 
 class QueuedConnection(WebSocket):
@@ -7897,26 +7995,21 @@ REFUSAL_LINGER = 1.0  # seconds
 GUESTS_LIMIT = 4096  # connections that are not let in yet; a quarter of the descriptors if that is less
 STEPS_LIMIT = 64  # of them that have a thread
 HEAD_LIMIT = 64 << 10  # bytes of a request before it is complete
-SWEEP_INTERVAL = 0.5  # seconds between two looks for guests whose time is over
-DELAY_FIRST, DELAY_LAST = 0.1, 3.0  # seconds that a refusal waits: more with each from one address
-DELAYED_LIMIT = 64  # refusals that wait at once; further ones are sent at once, rather than take threads
+SWEEP_INTERVAL = 0.1  # seconds between two looks for guests whose time is over, or whose answer is due
+DELAY_FIRST, DELAY_LAST = 0.1, 1.0  # seconds that a refusal waits: more with each from one address
 REFUSALS_REMEMBERED = 60.0  # seconds after which an address has a clean slate
 REFUSING_ADDRESSES = 1024  # addresses that are counted
 ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor or thread left
 
 
 class ServerWebSocket(QueuedConnection, ServerConnection):
-    """A connection that a client dialled, and whose request has been read by the Doorway.
-
-    The library closes without a word what it cannot parse. Here such a request gets an answer.
-    """
+    """A connection that a client dialled, and whose request has been read by the Doorway."""
 
     def __init__(
         self, sock: socket.socket, protocol: ServerProtocol, *args: Any, early: bytes = b"", **kwargs: Any
     ) -> None:
         """``early`` is what has been read: a whole request, and perhaps more."""
         self._early = early
-        self.on_decision: Callable[[], None] = lambda: None
         super().__init__(sock, protocol, *args, **kwargs)
 
     def recv_events(self) -> None:
@@ -7928,15 +8021,7 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
                 self.send_data()
         for event in events:
             self.process_event(event)
-        if not events:  # it is no request, and has been told so
-            self.close_socket()
         super().recv_events()
-
-    def data_to_send(self) -> list[bytes]:
-        data = super().data_to_send()
-        if data == [b""] and self.request is None and self.protocol.handshake_exc is not None:
-            return [plain_answer(http.HTTPStatus.BAD_REQUEST, "not a request that makes sense\n"), b""]
-        return data
 
 
 def open_listener(address: Address) -> socket.socket:
@@ -7976,8 +8061,13 @@ def address_of(sock: socket.socket) -> str:
     return str(address)
 
 
+def delay_after(count: int) -> float:
+    """Seconds that the answer to an address's ``count``-th failed attempt waits."""
+    return float(min(DELAY_FIRST * 2 ** min(count - 1, 10), DELAY_LAST))
+
+
 class Refusals:
-    """Counts attempts that failed to authenticate, and slows down their answers. Entered by connections' threads.
+    """Counts attempts that failed to authenticate. Entered by the threads of steps.
 
     What keeps a guesser out is a token of 128 random bits. This makes guessing slow for who waits for the answers,
     and visible. It never delays a client with the right token, from whatever address: behind a proxy all have one.
@@ -7987,31 +8077,22 @@ class Refusals:
         self._lock = threading.Lock()  # guards the attributes below
         self._recent: collections.OrderedDict[str, tuple[int, float]] = collections.OrderedDict()  # by address: how
         # many, and when the last was; least recent first
-        self._delayed = 0
         self.total = 0
 
-    def refuse(self, connection: ServerConnection, why: str, delay: bool = True) -> None:
-        """Count and log an attempt; wait until its answer is due, or the client has left."""
-        address = address_of(connection.socket)
+    def count(self, guest: Guest, why: str) -> float:
+        """Count and log an attempt; returns how many seconds its answer is to wait."""
         now = time.monotonic()
         with self._lock:
             self.total += 1
-            count, last = self._recent.pop(address, (0, now))
+            count, last = self._recent.pop(guest.address, (0, now))
             count = 1 if now - last > REFUSALS_REMEMBERED else count + 1
-            self._recent[address] = (count, now)
+            self._recent[guest.address] = (count, now)
             if len(self._recent) > REFUSING_ADDRESSES:
                 self._recent.popitem(last=False)
-            delay = delay and self._delayed < DELAYED_LIMIT
-            self._delayed += delay
         if not count & (count - 1):  # a guesser does not fill the log: the 1st, 2nd, 4th, 8th ...
             times = f", {count} times from this address" if count > 1 else ""
-            log.warning("client refused: %s%s", why, times, extra={"peer": cast(ServerWebSocket, connection).who.name})
-        if delay:
-            try:
-                connection.recv_events_thread.join(min(DELAY_FIRST * 2 ** min(count - 1, 10), DELAY_LAST))
-            finally:
-                with self._lock:
-                    self._delayed -= 1
+            log.warning("client refused: %s%s", why, times, extra={"peer": who_is(guest.socket).name})
+        return delay_after(count)
 
 
 REQUEST_LINE = re.compile(rb"([A-Z]+) \S+ HTTP/1\.1\r$")
@@ -8032,52 +8113,105 @@ def judge_head(head: bytes | bytearray) -> tuple[http.HTTPStatus, str] | None:
     return None if match[1] == b"GET" else (http.HTTPStatus.METHOD_NOT_ALLOWED, "use GET\n")
 
 
-def plain_answer(status: http.HTTPStatus, text: str) -> bytes:
-    allow = "Allow: GET\r\n" if status == http.HTTPStatus.METHOD_NOT_ALLOWED else ""
-    return (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\n{allow}Connection: close\r\nContent-Type: text/plain\r\n"
-        f"Content-Length: {len(text)}\r\n\r\n{text}"
-    ).encode()
+def parse_request(head: bytes | bytearray) -> HTTPRequest | tuple[http.HTTPStatus, str]:
+    """The request in a complete head, or what to answer to one that makes no sense."""
+    reader = StreamReader()
+    reader.feed_data(head)
+    try:
+        next(HTTPRequest.parse(reader.read_line))
+    except StopIteration as exc:
+        return cast(HTTPRequest, exc.value)
+    except SecurityError:
+        return http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too long a request\n"
+    except (EOFError, ValueError, NotImplementedError):  # the last: a transfer coding
+        pass
+    return http.HTTPStatus.BAD_REQUEST, "not a request that makes sense\n"
 
 
 class Guest:
     """A connection that is not let in yet. One thread at a time has it: the acceptor, or a pool thread for a step."""
 
-    __slots__ = ("address", "deadline", "head", "refused", "secure", "sock")
-
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+        self.socket = sock  # does not block
         self.address = address_of(sock)
         self.deadline = time.monotonic() + HANDSHAKE_TIMEOUT
         self.head = bytearray()
-        self.secure: ssl.SSLSocket | None = None  # is ``sock`` then
-        self.refused = False  # what it sends is read and thrown away, until it leaves
+        self.secure: ssl.SSLSocket | None = None  # is ``socket`` then
+        # Once it is answered: what it sends is read and thrown away, until it leaves.
+        self.answered = False
+        self.answer = bytearray()  # what is left of it to send
+        self.due = 0.0  # when that may begin
+
+    def respond(self, status: http.HTTPStatus, text: str) -> HTTPResponse:
+        """A response as websockets' ServerConnection.respond() makes it."""
+        body = text.encode()
+        headers = Headers(
+            [
+                ("Connection", "close"),
+                ("Content-Length", str(len(body))),
+                ("Content-Type", "text/plain; charset=utf-8"),
+            ]
+        )
+        if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = "GET"
+        return HTTPResponse(status.value, status.phrase, headers, body)
+
+    def refuse(self, response: HTTPResponse, delay: float = 0.0) -> None:
+        """Let the response be all that the guest gets, ``delay`` seconds from now."""
+        self.answered = True
+        self.answer += response.serialize()
+        self.due = time.monotonic() + delay
+        self.deadline = self.due + REFUSAL_LINGER
+
+    def send(self) -> bool:
+        """Send what may be sent of the answer, without waiting; True if more is to come."""
+        secure = self.secure if self.secure is not None and self.secure.version() is not None else None
+        try:
+            while self.answer:
+                sent = secure.send(self.answer) if secure is not None else socket.socket.send(self.socket, self.answer)
+                del self.answer[:sent]
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            return True
+        except OSError:  # it has left
+            self.answer.clear()
+            return False
+        with contextlib.suppress(OSError, ValueError):
+            if secure is not None:
+                secure.unwrap()  # TLS's goodbye; SSLWantReadError, since the guest has not said its own
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_WR)  # no close: with something unread that is a reset
+        return False
 
 
 class Doorway:
     """Accepts connections, and holds each until its TLS handshake and the head of its request are there.
 
-    Who says nothing, or says it slowly, costs a descriptor and an entry here: one thread watches them all. Only a step
-    that has something to work on gets a thread, STEPS_LIMIT at once. At the limit of guests the address that has
-    most of them loses its oldest, so that thousands that hang about keep out nobody, at another address least of all.
+    Who says nothing, or says it slowly, or is to be refused, costs a descriptor and an entry here: one thread watches
+    them all. Only a step that has something to work on gets a thread, STEPS_LIMIT at once. At the limit of guests the
+    address that has most of them loses its oldest, so that thousands that hang about keep out nobody, at another
+    address least of all.
     """
 
     def __init__(
         self,
         listener: socket.socket,
-        handler: Callable[[socket.socket, bytes, Callable[[], None]], None],
+        decide: Callable[[Guest, HTTPRequest], HTTPResponse | None],
+        let_in: Callable[[socket.socket, bytes], None],
         pool: ThreadPool,
         tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         """Call start() once connections may come.
 
         Args:
-            handler: called in a pool thread with a connection, what has been read of it, and what to call once it
-                will not be waited for any longer.
+            decide: gives the answer to a request, None to let it in. Those with status 401 and 403 are counted,
+                logged and delayed, see Refusals.
+            let_in: called in a pool thread with a connection and what has been read of it.
             tls: gives each connection what to speak TLS with.
         """
         self.listener = listener
-        self._handler = handler
+        self.refusals = Refusals()
+        self._decide = decide
+        self._let_in = let_in
         self._pool = pool
         self._tls = tls
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -8118,7 +8252,7 @@ class Doorway:
                 closed = self._closed
             if closed:
                 for guest in (*self._guests.values(), *returned):
-                    guest.sock.close()
+                    guest.socket.close()
                 return
             for guest in returned:
                 self._watch(guest)
@@ -8152,13 +8286,14 @@ class Doorway:
         self._watch(Guest(sock))
 
     def _watch(self, guest: Guest) -> None:
-        fd = guest.sock.fileno()
+        fd = guest.socket.fileno()
         self._guests[fd] = guest
         self._by_address.setdefault(guest.address, {})[fd] = guest
         self._epoll.register(fd, select.EPOLLIN)
+        self._send(guest)
 
     def _unwatch(self, guest: Guest) -> None:
-        fd = guest.sock.fileno()
+        fd = guest.socket.fileno()
         self._epoll.unregister(fd)
         del self._guests[fd]
         neighbours = self._by_address[guest.address]
@@ -8168,41 +8303,52 @@ class Doorway:
 
     def _dismiss(self, guest: Guest) -> None:
         self._unwatch(guest)
-        guest.sock.close()
+        guest.socket.close()
 
     def _sweep(self) -> None:
         """Dismiss whose time is over."""
         now = time.monotonic()
         self._next_sweep = now + SWEEP_INTERVAL
-        for guest in [guest for guest in self._guests.values() if guest.deadline <= now]:
-            if not guest.refused:
-                log.debug(
-                    "client dismissed: no request within %g s",
-                    HANDSHAKE_TIMEOUT,
-                    extra={"peer": who_is(guest.sock).name},
-                )
-            self._dismiss(guest)
+        for guest in list(self._guests.values()):
+            if guest.deadline <= now:
+                if not guest.answered:
+                    log.debug("client dismissed: no request within %g s", HANDSHAKE_TIMEOUT,
+                              extra={"peer": who_is(guest.socket).name})  # fmt: skip
+                self._dismiss(guest)
+            elif guest.answer and guest.due <= now:
+                self._send(guest)
 
     def _attend(self, guest: Guest) -> None:
-        """A guest has sent something, or has left."""
-        if guest.refused or self._tls is None:
+        """A guest has sent something, has left, or takes more of its answer."""
+        if guest.answered or self._tls is None:
             try:
-                data = socket.socket.recv(guest.sock, READ_SIZE)
+                data = socket.socket.recv(guest.socket, READ_SIZE)
             except BlockingIOError:
-                return
+                data = None
             except OSError:
                 data = b""
-            if not data:
+            if data == b"":
                 self._dismiss(guest)
-                return
-            if guest.refused:
-                return
-            guest.head += data
-            if fault := judge_head(guest.head):
-                self._refuse(guest, *fault)
-                return
-            if b"\r\n\r\n" not in guest.head:
-                return
+            elif guest.answered:
+                self._send(guest)
+            elif data:
+                guest.head += data
+                if fault := judge_head(guest.head):
+                    guest.refuse(guest.respond(*fault))
+                    self._send(guest)
+                elif b"\r\n\r\n" in guest.head:
+                    self._request_step(guest)
+        else:
+            self._request_step(guest)
+
+    def _send(self, guest: Guest) -> None:
+        if guest.answer and guest.due <= time.monotonic():
+            more = guest.send()
+            self._epoll.modify(guest.socket, select.EPOLLIN | (select.EPOLLOUT if more else 0))
+
+    # Steps: in a pool thread each.
+
+    def _request_step(self, guest: Guest) -> None:
         self._unwatch(guest)
         with self._lock:
             if self._steps >= STEPS_LIMIT:
@@ -8211,31 +8357,13 @@ class Doorway:
             self._steps += 1
         self._begin_step(guest)
 
-    def _refuse(self, guest: Guest, status: http.HTTPStatus, text: str) -> None:
-        """Answer, and give the guest a moment to read it: a close with something unread is a reset, see tcp(7)."""
-        with contextlib.suppress(OSError):
-            if guest.secure is not None and guest.secure.version() is not None:
-                guest.secure.send(plain_answer(status, text))
-                guest.secure.unwrap()  # TLS's goodbye; SSLWantReadError, since the guest has not said its own
-            else:
-                socket.socket.send(guest.sock, plain_answer(status, text))
-        self._see_out(guest)
-
-    def _see_out(self, guest: Guest) -> None:
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(guest.sock, socket.SHUT_WR)
-        guest.refused = True
-        guest.deadline = min(guest.deadline, time.monotonic() + REFUSAL_LINGER)
-
-    # Steps: in a pool thread each.
-
     def _begin_step(self, guest: Guest) -> None:
         """Give a guest a thread. The caller has counted the step."""
         try:
             self._pool.submit(self._step, guest)
         except RuntimeError as exc:
             log.error("cannot serve a connection: %s", exc)
-            guest.sock.close()
+            guest.socket.close()
             self._end_step()
 
     def _end_step(self) -> None:
@@ -8247,25 +8375,24 @@ class Doorway:
         self._begin_step(guest)
 
     def _step(self, guest: Guest) -> None:
-        ended = threading.Event()
-
-        def end() -> None:
-            if not ended.is_set():
-                ended.set()
-                self._end_step()
-
+        let_in = False
         try:
-            if self._tls is None or self._advance_tls(guest, self._tls):
-                guest.sock.settimeout(None)
-                self._handler(guest.sock, bytes(guest.head), end)
-                return
-            with self._lock:
-                self._returned.append(guest)
-            os.eventfd_write(self._wakeup, 1)
+            let_in = (self._tls is None or self._advance_tls(guest, self._tls)) and self._examine(guest)
         except OSError:  # it has left
-            guest.sock.close()
+            guest.socket.close()
+            return
+        except Exception:
+            guest.socket.close()
+            raise
         finally:
-            end()
+            self._end_step()
+        if let_in:
+            guest.socket.settimeout(None)
+            self._let_in(guest.socket, bytes(guest.head))
+            return
+        with self._lock:
+            self._returned.append(guest)
+        os.eventfd_write(self._wakeup, 1)
 
     def _advance_tls(self, guest: Guest, tls: Callable[[], ssl.SSLContext]) -> bool:
         """Take the TLS handshake, then the request, as far as what is there allows; True once it is all there.
@@ -8275,8 +8402,8 @@ class Doorway:
         """
         try:
             if guest.secure is None:
-                guest.sock = guest.secure = tls().wrap_socket(
-                    guest.sock, server_side=True, do_handshake_on_connect=False
+                guest.socket = guest.secure = tls().wrap_socket(
+                    guest.socket, server_side=True, do_handshake_on_connect=False
                 )
                 guest.secure.settimeout(0)
             if guest.secure.version() is None:
@@ -8287,7 +8414,7 @@ class Doorway:
                     raise ConnectionResetError
                 guest.head += data
                 if fault := judge_head(guest.head):
-                    self._refuse(guest, *fault)
+                    guest.refuse(guest.respond(*fault))
                     return False
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
@@ -8296,20 +8423,35 @@ class Doorway:
         except ssl.SSLError as exc:
             why = getattr(exc, "verify_message", "") or exc.reason or str(exc)
             words = why.lower().replace("_", " ")
-            log.info("client refused: the TLS handshake failed: %s", words, extra={"peer": who_is(guest.sock).name})
-            if exc.reason == "HTTP_REQUEST":
-                self._refuse(guest, http.HTTPStatus.BAD_REQUEST, "this port speaks TLS: use https: or wss: for it\n")
-            else:
-                self._see_out(guest)
+            log.info("client refused: the TLS handshake failed: %s", words, extra={"peer": who_is(guest.socket).name})
+            guest.refuse(guest.respond(http.HTTPStatus.BAD_REQUEST, "this port speaks TLS: use https: or wss:\n"))
+            if exc.reason != "HTTP_REQUEST":
+                guest.answer.clear()  # OpenSSL has said it, in an alert
+                guest.send()
             return False
         return True
+
+    def _examine(self, guest: Guest) -> bool:
+        """Whether the request of a guest is let in."""
+        request = parse_request(guest.head)
+        if not isinstance(request, HTTPRequest):
+            guest.refuse(guest.respond(*request))
+            return False
+        response = self._decide(guest, request)
+        if response is None:
+            return True
+        delay = 0.0
+        if response.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+            delay = self.refusals.count(guest, (response.body or b"").decode().strip())
+        guest.refuse(response, delay)
+        return False
 
 
 def make_doorway(
     serve_connection: Callable[[ServerConnection], None],
     listener: socket.socket,
     pool: ThreadPool,
-    process_request: Callable[[ServerConnection, HTTPRequest], HTTPResponse | None],
+    process_request: Callable[[Guest, HTTPRequest], HTTPResponse | None],
     speaks_version_2: Callable[[ServerConnection], bool] = lambda connection: True,
     tls: Callable[[], ssl.SSLContext] | None = None,
     **options: Any,
@@ -8317,35 +8459,22 @@ def make_doorway(
     """A Doorway to websockets' handshake, and to ``serve_connection`` for who is let in.
 
     Args:
-        process_request: decides on a request, as for serve(). What it answers with 401 or 403 is counted, logged and
-            delayed, see Refusals.
+        process_request: see Doorway's ``decide``.
         speaks_version_2: whether version 2 is selected for a client that offers it; no client has to.
         options: as for websockets.sync.server.serve().
     """
-    refusals = Refusals()
-    # By the socket that is being handed over: what was read of it, and what to call once it is decided on.
-    handed: dict[socket.socket, tuple[bytes, Callable[[], None]]] = {}
+    read: dict[socket.socket, bytes] = {}  # what was read of a socket that is being let in
 
     def select_subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
         return SUBPROTOCOL if SUBPROTOCOL in offered and speaks_version_2(connection) else None
 
     def create_connection(sock: socket.socket, *args: Any, **kwargs: Any) -> ServerWebSocket:
-        connection = ServerWebSocket(sock, *args, early=handed[sock][0], **kwargs)
-        connection.on_decision = handed[sock][1]
-        return connection
-
-    def decide(connection: ServerConnection, request: HTTPRequest) -> HTTPResponse | None:
-        response = process_request(connection, request)
-        cast(ServerWebSocket, connection).on_decision()
-        if response is not None and response.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
-            refusals.refuse(connection, (response.body or b"").decode().strip())
-        return response
+        return ServerWebSocket(sock, *args, early=read.pop(sock), **kwargs)
 
     server = serve(
         serve_connection,
         sock=listener,
         create_connection=cast(Any, create_connection),
-        process_request=decide,
         select_subprotocol=select_subprotocol,
         compression=None,
         open_timeout=HANDSHAKE_TIMEOUT,
@@ -8361,14 +8490,14 @@ def make_doorway(
         else:
             end.close()
 
-    def handle(sock: socket.socket, early: bytes, on_decision: Callable[[], None]) -> None:
-        handed[sock] = (early, on_decision)
+    def let_in(sock: socket.socket, early: bytes) -> None:
+        read[sock] = early
         try:
             server.handler(sock, None)
         finally:
-            del handed[sock]
+            read.pop(sock, None)
 
-    return Doorway(listener, handle, pool, tls)
+    return Doorway(listener, process_request, let_in, pool, tls)
 
 
 def bearer_token(request: HTTPRequest) -> bytes:
@@ -8420,6 +8549,7 @@ class Server:
         self._main = main
         self._metrics = Metrics(runtime, registry, main)
         self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout)
+        self._tokens = Tokens(config.tokens, config.token_file)
         self._tls: ServerTLS | None = None
         if config.tls_cert:
             self._tls = ServerTLS(config.tls_cert, config.tls_key, config.tls_client_ca)
@@ -8449,12 +8579,14 @@ class Server:
         self._doorway.start()
         log.info("listening on %s%s", self.address, " with TLS" if self._tls is not None else "")
         config = self._runtime.config
-        if not config.token and not config.tls_client_ca and not config.addr.is_local:
+        if not self._tokens and not config.tls_client_ca and not config.addr.is_local:
             log.warning("NO TOKEN IS SET: whoever reaches %s can run commands here; "
                         "set SOCKERLESS_AGENT_TOKEN or --token-file", self.address)  # fmt: skip
 
     def reload(self) -> None:
-        """Read the certificates again. Connections that exist stay as they are; what cannot be used is not."""
+        """Read tokens and certificates again. Connections that exist stay as they are; what cannot be used is not."""
+        if self._runtime.config.token_file:
+            reload_tokens(self._tokens)
         if self._tls is None:
             return
         try:
@@ -8480,7 +8612,7 @@ class Server:
         finally:
             self._heartbeat.remove(connection)
 
-    def _process_request(self, connection: ServerConnection, request: HTTPRequest) -> HTTPResponse | None:
+    def _process_request(self, connection: Guest, request: HTTPRequest) -> HTTPResponse | None:
         """Answer a request, or None to let the WebSocket handshake go on."""
         path = request.path.partition("?")[0]
         if path not in ("/health", "/metrics", "/ws"):
@@ -8490,13 +8622,12 @@ class Server:
         if self._tls is not None and self._tls.wants_certificate and not peer_certificate(connection.socket):
             self._turn_away(connection, "certificate", "no certificate")
             return connection.respond(http.HTTPStatus.FORBIDDEN, "a client certificate is needed\n")
-        token = self._runtime.config.token
-        if token and not hmac.compare_digest(bearer_token(request), token.encode("utf-8", "surrogateescape")):
+        if self._tokens and not self._tokens.accept(bearer_token(request)):
             self._turn_away(connection, "token", "missing or wrong token")
             response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
-        if not token and is_foreign_page(request):
+        if not self._tokens and is_foreign_page(request):
             self._turn_away(connection, "origin", "a web page of another host")
             return connection.respond(http.HTTPStatus.FORBIDDEN, "web pages of another host may not connect\n")
         if path == "/metrics":
@@ -8513,15 +8644,13 @@ class Server:
                 extra={"peer": cast(ServerWebSocket, connection).who.name})  # fmt: skip
         return None
 
-    def _turn_away(self, connection: ServerConnection, reason: str, message: str) -> None:
+    def _turn_away(self, guest: Guest, reason: str, message: str) -> None:
         """Tell everybody but the client about a client that may not connect."""
         books = self._runtime.books
         books.counters.count(AUTH_FAILURES, reason)
-        books.tell(
-            "refused", cast(ServerWebSocket, connection).who, reason=reason, error=message
-        )  # the log has it from Refusals
+        books.tell("refused", who_is(guest.socket), reason=reason, error=message)  # the log has it from Refusals
 
-    def _answer(self, connection: ServerConnection, text: str, content_type: str) -> HTTPResponse:
+    def _answer(self, connection: Guest, text: str, content_type: str) -> HTTPResponse:
         response = connection.respond(http.HTTPStatus.OK, text)
         del response.headers["Content-Type"]
         response.headers["Content-Type"] = content_type
@@ -8560,6 +8689,7 @@ class ReverseDialer:
         self._registry = registry
         self._main = main
         self._on_give_up = on_give_up
+        self._tokens = Tokens(config.tokens, config.token_file)
         self._heartbeat = Heartbeat(config.ping_interval, config.ping_timeout, strict=True)
         self._closing = threading.Event()
         self._settled = threading.Event()  # no dial is on its way: it failed, or its peer is in the registry
@@ -8576,7 +8706,9 @@ class ReverseDialer:
         threading.Thread(target=self._run, name="dialer", daemon=True).start()
 
     def reload(self) -> None:
-        """The certificates are read again at each dial."""
+        """Read the token again, for the next dial; the certificates are read at each."""
+        if self._runtime.config.token_file:
+            reload_tokens(self._tokens)
 
     def close(self) -> None:
         """Dial no more. The connection that exists stays, and one that is on its way is waited for a little."""
@@ -8630,10 +8762,12 @@ class ReverseDialer:
         if config.callback.secure:
             context = make_client_tls(config.callback_ca, config.callback_cert, config.callback_key)
         headers = {INSTANCE_HEADER: self._registry.instance}
+        if self._tokens:
+            headers["Authorization"] = f"Bearer {self._tokens.first}"
         connection = connect(
             config.callback.url,
             create_connection=DialerSocket,
-            additional_headers=headers | ({"Authorization": f"Bearer {config.token}"} if config.token else {}),
+            additional_headers=headers,
             user_agent_header=f"sockerless-agent/{__version__}",
             subprotocols=[SUBPROTOCOL],  # offered: a version 1 backend does not select it
             ssl=context,
@@ -9002,7 +9136,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     handler = set_up_logging(config)
     threading.excepthook = log_thread_failure
     forget_coerced_locale()
-    hide_secrets([config.token, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
+    hide_secrets([*config.tokens, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
     try:
         books = open_books(config, handler)
     except OSError as exc:

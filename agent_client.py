@@ -81,6 +81,7 @@ from agent import (
     Exit,
     GetHealth,
     GetStats,
+    Guest,
     Health,
     Heartbeat,
     LifetimeExpired,
@@ -107,6 +108,7 @@ from agent import (
     Stdin,
     Stream,
     ThreadPool,
+    Tokens,
     ToSession,
     Unpacker,
     __version__,
@@ -124,6 +126,7 @@ from agent import (
     parse_duration,
     parse_signal,
     peer_certificate,
+    read_token_file,
     stat_path,
 )
 
@@ -141,6 +144,7 @@ __all__ = [
     "ReverseListener",
     "ServerTLS",
     "SessionError",
+    "Tokens",
     "Unauthorized",
     "encode_docker_frame",
     "make_client_tls",
@@ -2125,7 +2129,7 @@ class ReverseListener:
         host: str = "",
         port: int = 0,
         *,
-        token: str | Callable[[str], str | None] | None = None,
+        token: str | Tokens | Callable[[str], str | None] | None = None,
         tls: ssl.SSLContext | ServerTLS | None = None,
         path: str | None = None,
         on_joined: Callback | None = None,
@@ -2137,7 +2141,8 @@ class ReverseListener:
         Args:
             host: "" for every interface.
             port: 0 for one that the system chooses, see ``port``.
-            token: what agents and clients must show; or a function that gives each id's token, None to refuse it.
+            token: what agents and clients must show; Tokens, of which any is good; or a function that gives each id's
+                token, None to refuse it.
             tls: a server's context; or a ServerTLS, which can be reloaded and asks for client certificates.
             path: the one path on which agents may dial; None for any.
 
@@ -2220,7 +2225,7 @@ class ReverseListener:
 
     # Handshake.
 
-    def _process_request(self, connection: ServerConnection, request: HTTPRequest) -> HTTPResponse | None:
+    def _process_request(self, connection: Guest, request: HTTPRequest) -> HTTPResponse | None:
         path = request.path.partition("?")[0]
         client_of = _client_path(path)
         agent_id = _agent_id(request.path) if client_of is None else client_of
@@ -2234,9 +2239,11 @@ class ReverseListener:
         token = self._token(agent_id) if callable(self._token) else self._token
         if token is None and callable(self._token):  # an id that the function does not know
             token = secrets.token_hex()
+        if isinstance(token, str):
+            token = Tokens([token])
         if token is None and is_foreign_page(request):
             return connection.respond(http.HTTPStatus.FORBIDDEN, "web pages of another host may not connect\n")
-        if token is not None and not hmac.compare_digest(bearer_token(request), token.encode()):
+        if token is not None and not token.accept(bearer_token(request)):
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "missing or wrong bearer token\n")
         if path == "/agents":
             return connection.respond(http.HTTPStatus.OK, json.dumps(sorted(conn.id for conn in self)) + "\n")
@@ -2946,7 +2953,9 @@ def _make_parser() -> argparse.ArgumentParser:
     listen = commands.add_parser("listen", help="accept agents in reverse mode, and serve clients with --via")
     listen.add_argument("--addr", default=":8080", help="where to listen (default: %(default)s)")
     listen.add_argument(
-        "--token-file", metavar="PATH", help="read the token that agents and clients must show from PATH"
+        "--token-file",
+        metavar="PATH",
+        help="read the tokens that agents and clients may show from PATH",
     )
     listen.add_argument("--tls-cert", metavar="PATH", help="speak TLS, with the certificate in PATH; SIGHUP reloads it")
     listen.add_argument("--tls-key", metavar="PATH", help="its private key (default: in the same file)")
@@ -2964,10 +2973,9 @@ def _read_token(options: argparse.Namespace) -> str | None:
     if options.token_file is None:
         return os.environ.get("SOCKERLESS_AGENT_TOKEN")
     try:
-        with open(options.token_file, encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError as exc:
-        raise ClientError(f"{options.token_file}: {exc.strerror}") from None
+        return read_token_file(options.token_file)[0]
+    except ValueError as exc:
+        raise ClientError(f"--token-file: {exc}") from None
 
 
 def _variables(items: Sequence[str]) -> Iterator[str]:
@@ -3043,9 +3051,15 @@ def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         tls = ServerTLS(options.tls_cert, options.tls_key or "", options.tls_client_ca or "")
     elif options.tls_key or options.tls_client_ca:
         raise ClientError(f"--{'tls-key' if options.tls_key else 'tls-client-ca'} needs --tls-cert")
+    tokens: Tokens | None = None
+    if options.token_file:
+        tokens = Tokens(read_token_file(options.token_file), options.token_file)
+    elif token := _read_token(options):
+        tokens = Tokens([token])
 
     # Before any thread exists, so that each inherits it and sigwait() alone gets them.
-    awaited = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if tls is not None else set())
+    reloadable = tls is not None or bool(options.token_file)
+    awaited = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if reloadable else set())
     signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
 
     saying = threading.Lock()  # held while a line is printed: print() writes it in two parts
@@ -3060,20 +3074,23 @@ def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     with ReverseListener(
         address.host,
         address.port,
-        token=_read_token(options) or None,
+        token=tokens,
         tls=tls,
         on_joined=say("joined"),
         on_left=say("left"),
         on_lifetime_expired=say("says that its platform is about to end it"),
     ) as listener:
         print(f"listening on {Address(address.host, listener.port)}", flush=True)
-        if not _read_token(options) and not options.tls_client_ca and not address.is_local:
+        if tokens is None and not options.tls_client_ca and not address.is_local:
             log.warning("NO TOKEN IS SET: whoever reaches this can run commands in every agent that dials in")
-        while signal.sigwait(awaited) == signal.SIGHUP and tls is not None:
+        while signal.sigwait(awaited) == signal.SIGHUP:
             try:
-                tls.reload()
+                if tls is not None:
+                    tls.reload()
+                if tokens is not None and options.token_file:
+                    tokens.reload()
             except ValueError as exc:
-                log.warning("TLS goes on with the certificates that it has: %s", exc)
+                log.warning("what was read before stays in use: %s", exc)
     return 0
 
 

@@ -58,7 +58,7 @@ SAMPLES = {
     "log-level": ("warn", "warn", "debug", ["warning", "INFO", "0"]),
     "log-format": ("json", "json", "text", ["yaml"]),
     "audit-log": ("/var/log/audit", "/var/log/audit", "-", []),
-    "token-file": (None, "from-a-file", None, ["/nonexistent/token", "/", "/dev/null"]),
+    "token-file": (None, ("from-a-file",), None, ["/nonexistent/token", "/", "/dev/null"]),
     "health-cmd": ("curl -f localhost", "curl -f localhost", "true", []),
     "health-interval": ("5s", 5.0, "1s", ["0", "0s", "x"]),
     "health-timeout": ("5s", 5.0, "1s", ["0", "5"]),
@@ -264,14 +264,14 @@ def test_the_help_names_every_flag(capsys):
 
 
 def test_the_token_comes_from_its_variable():
-    assert load_config([], {"SOCKERLESS_AGENT_TOKEN": "hush"}).token == "hush"
+    assert load_config([], {"SOCKERLESS_AGENT_TOKEN": "hush"}).tokens == ("hush",)
 
 
 def test_the_token_file_wins_over_the_tokens_variable(token_file):
-    assert load_config(["--token-file", token_file], {"SOCKERLESS_AGENT_TOKEN": "hush"}).token == "from-a-file"
+    assert load_config(["--token-file", token_file], {"SOCKERLESS_AGENT_TOKEN": "hush"}).tokens == ("from-a-file",)
 
 
-@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe", b"\n\n", b"x" * 65537, b"x\n" * 32769])
 def test_a_token_file_without_a_token_is_refused(content, tmp_path):
     path = tmp_path / "token"
     path.write_bytes(content)
@@ -286,12 +286,23 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(token):
     assert token not in str(caught.value)
 
 
+def test_a_token_file_may_hold_several_tokens(tmp_path):
+    path = tmp_path / "token"
+    path.write_text("\n old \r\nnew\n\n")
+    config = load_config(["--token-file", str(path)], {})
+    assert (config.tokens, config.token_file, config.reloadable) == (("old", "new"), str(path), True)
+    path.write_text("good\nhas a-space\n")
+    with pytest.raises(ConfigError, match=r"flag --token-file: .*white space") as caught:
+        load_config(["--token-file", str(path)], {})
+    assert "a-space" not in str(caught.value)
+
+
 def test_a_config_does_not_show_its_secrets():
     variables = {"SOCKERLESS_AGENT_TOKEN": "hush-hush", "SOCKERLESS_CALLBACK_URL": "https://u:pass@h/p?token=whisper"}
     config = load_config([], variables)
     for text in (repr(config), str(config), f"{config}", str(config.callback), repr(config.callback)):
         assert not re.search("hush|whisper|pass", text)
-    assert config.token == "hush-hush"
+    assert config.tokens == ("hush-hush",)
     assert "whisper" in config.callback.url
 
 
@@ -344,7 +355,7 @@ def test_the_callback_flag_wins_over_the_platforms_variable():
 
 def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().token = "x"
+        Config().tokens = ("x",)
 
 
 # ── durations, sizes, addresses ───────────────────────────────────────────────

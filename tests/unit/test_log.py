@@ -138,7 +138,7 @@ def test_a_secret_is_hidden_in_every_spelling_of_a_record(style, token):
 @pytest.mark.parametrize("style", ["text", "json"])
 def test_the_log_of_a_configuration_hides_its_token_and_callback(style, read_log):
     callback = parse_callback("https://user:passw0rd@host/path?token=whisper%2Fed&id=12")
-    set_up_logging(Config(log_format=style, token="to/ken", callback=callback))
+    set_up_logging(Config(log_format=style, tokens=("to/ken",), callback=callback))
     logger = logging.getLogger("sockerless.agent")
     logger.error("%s and %s", "to/ken to%2Fken whisper%2Fed whisper/ed passw0rd", callback.url)
     logger.info("dialling %s", callback)

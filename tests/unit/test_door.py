@@ -1,0 +1,104 @@
+"""Tokens, the delays of refusals, and what the start of a request tells."""
+
+from __future__ import annotations
+
+import hmac
+import http
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent import DELAY_FIRST, DELAY_LAST, HEAD_LIMIT, Tokens, delay_after, judge_head
+
+BAD, METHOD, LONG = (
+    http.HTTPStatus.BAD_REQUEST,
+    http.HTTPStatus.METHOD_NOT_ALLOWED,
+    http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+)
+
+
+def test_every_token_is_good_and_nothing_else() -> None:
+    tokens = Tokens(["old", "new"])
+    assert (tokens.accept(b"old"), tokens.accept(b"new")) == (True, True)
+    for wrong in (b"", b"ol", b"oldnew", b"old\nnew", b"OLD", b"x" * (1 << 20)):
+        assert not tokens.accept(wrong)
+    assert not Tokens([]).accept(b"")
+    assert not Tokens([])
+
+
+def test_every_token_is_compared_in_constant_time_whichever_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[int, int]] = []
+    compare_digest = hmac.compare_digest
+
+    def count(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return compare_digest(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", count)
+    tokens = Tokens(["first", "second", "third"])
+    for given_token in (b"first", b"third", b"none", b"", b"f", b"x" * 5000):
+        compared.clear()
+        tokens.accept(given_token)
+        assert compared == [(32, 32)] * 3
+
+
+def test_a_reload_that_fails_leaves_the_tokens_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text("one\ntwo\n")
+    tokens = Tokens(["one", "two"], str(path))
+    for content in ("", "a b\n", "x" * 70000):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"tokens|token contains"):
+            tokens.reload()
+        assert tokens.accept(b"two")
+    path.unlink()
+    with pytest.raises(ValueError, match="cannot read"):
+        tokens.reload()
+    path.write_text("two\nthree")
+    assert tokens.reload() == ("two", "three")
+    assert (tokens.first, tokens.accept(b"one"), tokens.accept(b"three")) == ("two", False, True)
+
+
+@given(st.integers(1, 10**9))
+def test_a_delay_grows_and_has_a_bound(count: int) -> None:
+    assert DELAY_FIRST <= delay_after(count) <= delay_after(count + 1) <= DELAY_LAST
+    assert delay_after(1) == DELAY_FIRST
+    assert delay_after(10**6) == DELAY_LAST
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"", None),
+        (b"G", None),
+        (b"GET /ws HTTP/1.1\r", None),
+        (b"GET /ws HTTP/1.1\r\nHost: x\r\n", None),
+        (b"GET /ws?token=%20 HTTP/1.1\r\n\r\n", None),
+        (b"\x16\x03\x01", BAD),
+        (b"GET /ws HTTP/1.1\n", BAD),
+        (b"GET /ws HTTP/1.0\r\n", BAD),
+        (b"GET /ws HTTP/2\r\n", BAD),
+        (b"GET  /ws HTTP/1.1\r\n", BAD),
+        (b"GET /a b HTTP/1.1\r\n", BAD),
+        (b"get /ws HTTP/1.1\r\n", BAD),
+        (b"\r\n", BAD),
+        (b"PRI * HTTP/2.0\r\n\r\n", BAD),
+        (b"POST /ws HTTP/1.1\r\n", METHOD),
+        (b"CONNECT evil.example:80 HTTP/1.1\r\n", METHOD),
+        (b"G" * HEAD_LIMIT, None),
+        (b"G" * (HEAD_LIMIT + 1), LONG),
+    ],
+)
+def test_what_can_become_no_request_is_known_at_once(head: bytes, status: http.HTTPStatus | None) -> None:
+    verdict = judge_head(head)
+    assert (verdict and verdict[0]) == status
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_judged(head: bytes) -> None:
+    verdict = judge_head(head)
+    assert verdict is None or verdict[0] in (BAD, METHOD)
+    if verdict is not None and head:  # more of it makes it no better
+        assert judge_head(head + b"GET /ws HTTP/1.1\r\n\r\n") == verdict
