@@ -8128,6 +8128,13 @@ def parse_request(head: bytes | bytearray) -> HTTPRequest | tuple[http.HTTPStatu
     return http.HTTPStatus.BAD_REQUEST, "not a request that makes sense\n"
 
 
+def log_response(request: HTTPRequest, response: HTTPResponse, sock: socket.socket) -> None:
+    """Say what a request got; of what is usual, or is said elsewhere, only where everything is wanted."""
+    level = logging.DEBUG if response.status_code in (101, 200, 401, 403) else logging.INFO
+    path = request.path.partition("?")[0][:200]  # the query may hold the token
+    log.log(level, "GET %s: HTTP status %d", path, response.status_code, extra={"peer": who_is(sock).name})
+
+
 class Guest:
     """A connection that is not let in yet. One thread at a time has it: the acceptor, or a pool thread for a step."""
 
@@ -8155,6 +8162,11 @@ class Guest:
         if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
             headers["Allow"] = "GET"
         return HTTPResponse(status.value, status.phrase, headers, body)
+
+    def refuse_nonsense(self, status: http.HTTPStatus, text: str) -> None:
+        """Answer what is no request, and say so in the log."""
+        log.info("client refused: HTTP status %d", status, extra={"peer": who_is(self.socket).name})
+        self.refuse(self.respond(status, text))
 
     def refuse(self, response: HTTPResponse, delay: float = 0.0) -> None:
         """Let the response be all that the guest gets, ``delay`` seconds from now."""
@@ -8334,7 +8346,7 @@ class Doorway:
             elif data:
                 guest.head += data
                 if fault := judge_head(guest.head):
-                    guest.refuse(guest.respond(*fault))
+                    guest.refuse_nonsense(*fault)
                     self._send(guest)
                 elif b"\r\n\r\n" in guest.head:
                     self._request_step(guest)
@@ -8414,7 +8426,7 @@ class Doorway:
                     raise ConnectionResetError
                 guest.head += data
                 if fault := judge_head(guest.head):
-                    guest.refuse(guest.respond(*fault))
+                    guest.refuse_nonsense(*fault)
                     return False
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
@@ -8435,7 +8447,7 @@ class Doorway:
         """Whether the request of a guest is let in."""
         request = parse_request(guest.head)
         if not isinstance(request, HTTPRequest):
-            guest.refuse(guest.respond(*request))
+            guest.refuse_nonsense(*request)
             return False
         response = self._decide(guest, request)
         if response is None:
@@ -8443,6 +8455,7 @@ class Doorway:
         delay = 0.0
         if response.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
             delay = self.refusals.count(guest, (response.body or b"").decode().strip())
+        log_response(request, response, guest.socket)
         guest.refuse(response, delay)
         return False
 
@@ -8638,10 +8651,7 @@ class Server:
         self, connection: ServerConnection, request: HTTPRequest, response: HTTPResponse
     ) -> HTTPResponse | None:
         response.headers[INSTANCE_HEADER] = self._registry.instance
-        level = logging.DEBUG if response.status_code in (101, 200, 401, 403) else logging.INFO
-        path = request.path.partition("?")[0][:200]  # the query may hold the token
-        log.log(level, "GET %s: HTTP status %d", path, response.status_code,
-                extra={"peer": cast(ServerWebSocket, connection).who.name})  # fmt: skip
+        log_response(request, response, connection.socket)
         return None
 
     def _turn_away(self, guest: Guest, reason: str, message: str) -> None:
