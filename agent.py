@@ -2966,12 +2966,13 @@ def end_processes(children: Sequence[Child] | None, grace: float) -> None:
 # ══════════════════════════════════════════════════════════════════════════════
 # 6  Pumps
 #    Owns the threads that move bytes between descriptors and queues: a pool of
-#    parked threads, a reader per pipe, one pump for all terminals, a writer per
-#    stdin while something is queued. Knows bytes and callbacks, no sessions.
+#    parked threads, a reader for a command's pipes, one pump for all terminals, a
+#    writer per stdin while something is queued. Knows bytes and callbacks, no sessions.
 # ══════════════════════════════════════════════════════════════════════════════
 
 PIPE_SIZE = 1 << 20  # bytes that a busy pipe is grown to (F_SETPIPE_SZ)
 FIRST_READ = 64 << 10  # bytes in the first read: a new pipe's capacity (pipe(7))
+BUSY_READ = 512 << 10  # bytes in each once the pipe is grown: a quarter less time for a byte than with 256 KiB
 IDLE_THREAD_LIFE = 10.0  # seconds that a thread stays parked
 DEFAULT_WINDOW = (80, 24)  # columns, rows
 
@@ -3110,64 +3111,71 @@ class Wakeup:
                 os.close(self.fd)
 
 
-class Quiet:
-    """How long none of a session's pipes has had output, once its command has ended.
+class PipeReader:
+    """Moves the bytes of a process's pipes into a sink until they end; one thread for both.
 
-    Entered by the readers of both pipes; each write is one attribute's.
+    A pipe ends at end of file; or, once ``exited`` is set, when neither has had
+    output for the drain timeout: a background child may hold them for ever.
+    Holds ``exited`` from the beginning to the end of run(). No other thread enters.
     """
 
-    def __init__(self, drain_timeout: float) -> None:
+    def __init__(self, pipes: Mapping[int, Stream], sink: Sink, exited: Wakeup, drain_timeout: float) -> None:
+        self._streams = dict(pipes)  # of the descriptors that are open
+        self._sizes = dict.fromkeys(pipes, FIRST_READ)  # of the next read
+        self._sink = sink
+        self._exited = exited
         self._drain_timeout = min(drain_timeout, 1e6)  # poll(2) takes 24 days at most
-        self._since = 0.0
+        self._quiet_since = math.inf  # on the monotonic clock; infinite while the process runs
+        self._poller = select.poll()
 
-    def broken(self) -> None:
-        """There is output, or the command has ended just now."""
-        self._since = time.monotonic()
+    def run(self, on_end: Callable[[], None]) -> None:
+        """Read until the end, close the pipes and call ``on_end``."""
+        self._exited.hold()
+        for fd in (*self._streams, self._exited.fd):
+            self._poller.register(fd, select.POLLIN)
+        try:
+            while self._streams:
+                ready = self._poller.poll(self._timeout())
+                if not ready and self._timeout() == 0:
+                    break
+                for fd, _ in ready:
+                    if fd == self._exited.fd:
+                        self._poller.unregister(fd)
+                        self._quiet_since = time.monotonic()
+                    else:
+                        self._read(fd)
+        finally:
+            for fd in list(self._streams):
+                self._close(fd)
+            self._exited.release()
+            on_end()
 
-    def left(self) -> float:
-        """Milliseconds until it has been quiet for the drain timeout; 0 or less if it has."""
-        return (self._since + self._drain_timeout - time.monotonic()) * 1000
+    def _timeout(self) -> int | None:
+        """Milliseconds until it has been quiet for long enough; 0 if it has; None while the process runs."""
+        if self._quiet_since == math.inf:
+            return None
+        return max(math.ceil((self._quiet_since + self._drain_timeout - time.monotonic()) * 1000), 0)
 
+    def _read(self, fd: int) -> None:
+        """Read a pipe that is ready, once what is read is welcome."""
+        self._sink.wait_for_room()
+        size = self._sizes[fd]
+        data = os.read(fd, size)
+        if not data:
+            self._poller.unregister(fd)
+            self._close(fd)
+            return
+        if self._quiet_since != math.inf:
+            self._quiet_since = time.monotonic()
+        if len(data) == size and size < BUSY_READ:
+            self._sizes[fd] = BUSY_READ
+            with contextlib.suppress(OSError):  # over the user's quota (pipe(7)): go on with 64 KiB
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        self._sink.put(self._streams[fd], data)
 
-def read_pipe(fd: int, stream: Stream, sink: Sink, exited: Wakeup, quiet: Quiet, on_end: Callable[[], None]) -> None:
-    """Move a pipe's bytes into ``sink`` until it ends, then close it and call ``on_end``.
-
-    It ends at end of file; or, once ``exited`` is set, when the session has been
-    ``quiet`` for its drain timeout: a background child may hold a pipe for ever.
-    Holds ``exited``. Runs in a pool thread of its own.
-    """
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    poller.register(exited.fd, select.POLLIN)
-    draining = False
-    size = FIRST_READ
-    try:
-        while True:
-            sink.wait_for_room()
-            events = poller.poll(max(math.ceil(quiet.left()), 0) if draining else None)
-            if not events:
-                if quiet.left() <= 0:
-                    return
-                continue
-            if not draining and any(ready == exited.fd for ready, _ in events):
-                poller.unregister(exited.fd)
-                draining = True
-                quiet.broken()
-                continue
-            data = os.read(fd, size)
-            if not data:
-                return
-            if draining:
-                quiet.broken()
-            if len(data) == size and size < READ_SIZE:
-                size = READ_SIZE
-                with contextlib.suppress(OSError):  # over the user's quota (pipe(7)): go on with 64 KiB
-                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-            sink.put(stream, data)
-    finally:
+    def _close(self, fd: int) -> None:
+        del self._streams[fd]
         os.close(fd)
-        exited.release()
-        on_end()
 
 
 PROGRESS_STEP = 128 << 10  # bytes that a child's stdin takes before its client is told
@@ -4296,8 +4304,7 @@ class Process:
         self._on_finished = on_finished
         self._on_exit = on_exit
         self._exited = Wakeup()  # wakes the pumps; this object is one of its holders until EXITED
-        self._quiet = Quiet(runtime.config.drain_timeout)
-        self._stdout = -1  # for pump(), set by start()
+        self._outputs: dict[int, Stream] = {}  # for pump(), set by start()
         # Guards the attributes below.
         self._lock = threading.Lock()
         self._state = ProcessState.STARTING
@@ -4307,7 +4314,7 @@ class Process:
         self._size = DEFAULT_WINDOW  # until the terminal exists
         self._early_signals: list[tuple[int, bool]] = []  # sent before the child exists
         self._abandoned = False  # end() came before the child exists
-        self._open_outputs = 1 if tty else 2
+        self._output_open = True
         self._code: int | None = None
 
     @property
@@ -4352,8 +4359,6 @@ class Process:
 
     def _start_on_pipes(self, command: Command) -> None:
         with contextlib.ExitStack() as undo:
-            (thread,) = self._runtime.pool.reserve(1)
-            undo.callback(self._runtime.pool.release, [thread])
             # The child's ends are closed here whether it could be started or not.
             with contextlib.ExitStack() as closing:
                 child_stdin, stdin = _pipe(closing, undo)
@@ -4364,11 +4369,9 @@ class Process:
             undo.pop_all()
         with self._lock:
             self._child = child
-        self._stdout = stdout
+        self._outputs = {stdout: Stream.STDOUT, stderr: Stream.STDERR}
         os.set_blocking(stdin, False)
         self.input.open(stdin, self._exited)
-        self._exited.hold()
-        thread.run(self._read, stderr, Stream.STDERR)
 
     def _start_on_terminal(self, command: Command) -> None:
         self._runtime.terminals.start()  # before there is a child that a failure would leave behind
@@ -4410,13 +4413,10 @@ class Process:
             self._runtime.end_later([child])
 
     def pump(self) -> None:
-        """Move stdout until it ends; the caller's thread becomes its reader. On a terminal, return at once."""
+        """Move output until it ends; the caller's thread becomes its reader. On a terminal, return at once."""
         if not self.tty:
-            self._exited.hold()
-            self._read(self._stdout, Stream.STDOUT)
-
-    def _read(self, fd: int, stream: Stream) -> None:
-        read_pipe(fd, stream, self._sink, self._exited, self._quiet, self._output_ended)
+            drain_timeout = self._runtime.config.drain_timeout
+            PipeReader(self._outputs, self._sink, self._exited, drain_timeout).run(self._output_ended)
 
     def send_signal(self, number: int, alone: bool = False) -> None:
         """Signal the process group; on a terminal its foreground group, as the terminal would.
@@ -4477,12 +4477,12 @@ class Process:
 
     def _output_ended(self) -> None:
         with self._lock:
-            self._open_outputs -= 1
+            self._output_open = False
         self._maybe_finish()
 
     def _maybe_finish(self) -> None:
         with self._lock:
-            if self._code is None or self._open_outputs or self._state is ProcessState.EXITED:
+            if self._code is None or self._output_open or self._state is ProcessState.EXITED:
                 return
             self._state = ProcessState.EXITED
             terminal = self._terminal
