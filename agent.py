@@ -3205,6 +3205,7 @@ class Input:
         self._fd = -1  # -1 before open() and once closed
         self._exited: Wakeup | None = None
         self._terminal = False
+        self._grown = False  # whether the pipe has its full size
         self._last = b""  # the last byte written
         self.accepted = 0  # bytes so far that write() took
         self._told = 0  # bytes so far that a listener knows to be written, or of no use to anybody
@@ -3225,7 +3226,7 @@ class Input:
             self._start_writer()
         self._tell()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         """Queue ``data``.
 
         Raises:
@@ -3243,7 +3244,7 @@ class Input:
             self._queue.append(data)
             self._queued += len(data)
             self.accepted += len(data)
-            self._last = data[-1:]
+            self._last = bytes(data[-1:])
             if not self._writing:
                 self._write_some()
             start = self._claim_writer()
@@ -3334,6 +3335,8 @@ class Input:
                 with self._lock:
                     if any(ready == self._exited.fd for ready, _ in events):
                         self._dead = True
+                    else:
+                        self._grow()
                     self._write_some()
                     if self._dead or not self._queue:
                         return
@@ -3382,6 +3385,14 @@ class Input:
                 self._queue.append(keys)
                 self._queued += len(keys)
                 self._write_some()
+
+    def _grow(self) -> None:
+        """Make a pipe larger that was full and is read: that saves most changes of threads. Holds the lock."""
+        if self._grown or self._terminal or self._fd < 0:
+            return
+        self._grown = True
+        with contextlib.suppress(OSError):  # over the user's quota (pipe(7)): go on with 64 KiB
+            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
 
     def _end_of_file_keys(self) -> bytes:
         """End of input as a person types it, termios(3): VEOF ends a line, or the input at a line's start."""
@@ -4518,7 +4529,7 @@ class Session(Protocol):
     id: str
     record: Record
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: BytesLike) -> None: ...
 
     def end_input(self) -> None: ...
 
@@ -4595,7 +4606,7 @@ class ExecSession:
         # The id is free once its exit is on its way: another session's output must not come before it.
         self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.channel.refill()
         if self._request.no_stdin:
             return
@@ -4942,7 +4953,7 @@ class AttachSession:
         stream = Stream.STDOUT if self._target.tty else Stream.STDERR
         self.channel.send(Output(self.id, stream, describe_loss(lost, self._target.log.capacity), lost))
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.channel.refill()
         try:
             self._target.input.write(data)
@@ -5055,7 +5066,7 @@ class FlowExecSession(ExecSession):
     def consumed(self) -> int:
         return self._process.input.written()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.tie.received += len(data)
         super().write(data)
         if self._request.no_stdin:
@@ -5114,7 +5125,7 @@ class FlowAttachSession(AttachSession):
             flow.finish(Exit(self.id, code))
         log.info("attach ended%s", self.record.cause, extra=self.record.extra)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.tie.received += len(data)
         super().write(data)
         self.host.send(Ack(self.id, self.tie.received, self.tie.heard))
@@ -5191,7 +5202,7 @@ class DetachingSession:
         self._commands.end(self._command)
         self._on_end()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         text = "stdin: a detached command has none from here: attach to it"
         self.host.send(Error(self.id, text, Reason.BAD_MESSAGE))
 
@@ -6193,10 +6204,10 @@ class ArchiveSession:
     def consumed(self) -> int:
         return self._input.consumed()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.tie.received += len(data)
         limit = self._runtime.config.stdin_limit
-        if self._input.feed(data) > limit:
+        if self._input.feed(bytes(data)) > limit:
             text = f"stdin: more than {limit} bytes are waiting"
             self.host.send(Error(self.id, text, Reason.ARCHIVE_FAILED))
             self.end()
@@ -7496,7 +7507,7 @@ class Peer:
             tie = cast(FlowSession, session).tie
             with tie.lock:
                 if cast(FlowSession, session).host is self:
-                    session.write(bytes(data))
+                    session.write(data)
         elif not ended:
             self._refuse(session_id, f"no session has the id {session_id[:80]!r}", Reason.UNKNOWN_SESSION)
 
