@@ -91,19 +91,21 @@ import threading
 import time
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 if __name__ == "__main__":
     # `docker diff` shows what changed since PID 1 started: leave no __pycache__.
     sys.dont_write_bytecode = True
 
-from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
-from websockets.frames import CloseCode, Opcode
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK, InvalidStatus, InvalidURI, WebSocketException
+from websockets.frames import DATA_OPCODES, CloseCode, Frame, Opcode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
 from websockets.protocol import OPEN
+from websockets.protocol import Protocol as WebSocketProtocol
 from websockets.server import ServerProtocol
+from websockets.streams import StreamReader
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.connection import Connection as WebSocket
 from websockets.sync.server import ServerConnection, serve
@@ -6594,6 +6596,8 @@ CALLS_LIMIT = 64  # questions of one peer that may wait for their answers
 HEARD_STEP = 16  # signals, sizes and ends after which a client is told that they have come
 REMEMBERED_IDS = 4096  # ended sessions whose late messages are expected
 CONTROL_SIZE = 16  # bytes; a ping or pong of ours is smaller, a message is not
+LARGE_PAYLOAD = 64 << 10  # bytes from which on a frame's payload is not gathered in the library's buffer
+LARGE_PART = 4 << 10  # bytes from which on a part of it is kept as it came
 IOV_MAX = 1024  # buffers in one sendmsg(2), see <limits.h>
 
 
@@ -6725,6 +6729,53 @@ def peer_certificate(sock: socket.socket) -> dict[str, Any]:
     return stream.peer_certificate() if isinstance(stream, TLSStream) else {}
 
 
+class FrameReader(StreamReader):
+    """What is received and not parsed yet; puts a large payload together once, where the library copies it thrice.
+
+    Entered with protocol_mutex held.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: list[bytes | bytearray] | None = None  # of a large payload, while it comes
+        self._count = 0  # bytes in _parts
+
+    def feed_data(self, data: bytes | bytearray) -> None:
+        if self._parts is None:
+            super().feed_data(data)
+            return
+        self._count += len(data)
+        if len(data) >= LARGE_PART:
+            self._parts.append(data)
+        elif isinstance(self._parts[-1], bytearray):  # a megabyte of single bytes is no list of a million objects
+            self._parts[-1] += data
+        else:
+            self._parts.append(bytearray(data))
+
+    def at_eof(self) -> Generator[None, None, bool]:
+        self._parts = None  # what is discarded after an error is not kept either
+        return super().at_eof()
+
+    def read_exact(self, n: int) -> Generator[None, None, bytearray]:
+        if n < LARGE_PAYLOAD or len(self.buffer) >= n:
+            return super().read_exact(n)
+        return self._read_large(n)
+
+    def _read_large(self, n: int) -> Generator[None, None, bytearray]:
+        parts: list[bytes | bytearray] = [self.buffer]
+        self.buffer = bytearray()
+        self._parts, self._count = parts, len(parts[0])
+        while self._count < n:
+            if self.eof:
+                raise EOFError(f"stream ends after {self._count} bytes, expected {n} bytes")
+            yield
+        self._parts = None
+        last = memoryview(parts.pop())
+        end = len(last) - (self._count - n)
+        self.buffer += last[end:]
+        return bytearray().join([*parts, last[:end]])
+
+
 class QueuedConnection(WebSocket):
     """A websockets connection whose sending never blocks its receiving.
 
@@ -6744,7 +6795,7 @@ class QueuedConnection(WebSocket):
     masked = False
     paced = False
 
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, sock: socket.socket, protocol: WebSocketProtocol, *args: Any, **kwargs: Any) -> None:
         self.peer = peer_name(sock)  # for the log
         self.outbox = Outbox(self.masked, self.paced)
         self.last_received = time.monotonic()  # written by the receiver alone
@@ -6752,8 +6803,18 @@ class QueuedConnection(WebSocket):
         self._writing = False  # guarded by protocol_mutex; once True, everything goes through the outbox
         self._sent = 0  # bytes handed to the kernel, pings and pongs aside; the role's, see Outbox
         self._secure = isinstance(sock, ssl.SSLSocket)
+        # For serve_messages(). The receiver makes _direct False, serve_messages()
+        # makes it True: both with the lock, which is also held while a message is queued.
+        self._handler: Callable[[str | bytes], None] | None = None
+        self._direct = False
+        self._direct_lock = threading.Lock()
+        self._handler_failure: Exception | None = None
+        # Before the receiver starts. The parser has begun with the reader that it found.
+        protocol.reader = FrameReader()
+        protocol.parser = protocol.parse()
+        next(protocol.parser)
         super().__init__(cast(socket.socket, TLSStream(sock)) if isinstance(sock, ssl.SSLSocket) else sock,
-                         *args, **kwargs)  # fmt: skip
+                         protocol, *args, **kwargs)  # fmt: skip
 
     def start_writer(self, pool: ThreadPool) -> None:
         """Send from a thread of ``pool`` from now on; call it right after the handshake.
