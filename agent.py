@@ -3606,6 +3606,7 @@ OUTBOX_LIMIT = 64 << 20  # bytes of all sessions of a connection that may wait, 
 FRAME_LIMIT = 1 << 20  # bytes of output in one data frame
 BATCH_SIZE = 256 << 10  # bytes that are worth a system call of their own
 SEND_NOW_LIMIT = 16 << 10  # bytes that whoever puts them may send itself
+SEND_NOW_BINARY_LIMIT = 1 << 20  # the same in version 2, where nothing is to be encoded
 PACED_BURST = 16  # small frames of a session that go out at once, in a paced outbox
 PACED_RATE = 25.0  # frames/s that go out after them
 
@@ -3621,6 +3622,7 @@ class Channel:
     def __init__(self, outbox: Outbox, session_id: str, binary: bool = False) -> None:
         self._outbox = outbox
         self._binary = binary  # data frames of version 2
+        self.send_now_limit = SEND_NOW_BINARY_LIMIT if binary else SEND_NOW_LIMIT
         make_prefix = data_frame_prefix if binary else data_prefix
         self._prefixes = {stream: make_prefix(stream, session_id) for stream in Stream}
         # Guarded by the outbox's lock, as is everything in an outbox.
@@ -3669,7 +3671,16 @@ class Channel:
 
     def put(self, stream: Stream, data: bytes) -> None:
         """Queue output; dropped if the connection is closed."""
+        if self._append(stream, data):
+            self._outbox.send_queued()
+
+    def queue(self, stream: Stream | None, data: bytes) -> None:
+        """Queue output, or without a stream a message, for send_queued()."""
         self._append(stream, data)
+
+    def send_queued(self) -> None:
+        """Have what is queued sent, if it can be without waiting by this thread."""
+        self._outbox.send_queued()
 
     def send(self, message: Request | Event, on_sent: Callable[[], None] | None = None) -> None:
         """Queue a message behind what the session has queued so far.
@@ -3677,11 +3688,10 @@ class Channel:
         Args:
             on_sent: for the last message: called when it is on its way, or never will be.
         """
-        if not self._append(None, encode(message), on_sent) and on_sent is not None:
+        if self._append(None, encode(message), on_sent):
+            self._outbox.send_queued()
+        elif on_sent is not None:
             on_sent()
-
-    def send_encoded(self, message: bytes) -> None:
-        self._append(None, message)
 
     def discard(self) -> None:
         """Drop what waits: its session has ended."""
@@ -3718,13 +3728,8 @@ class Channel:
                     outbox._rest_until(time.monotonic() + pause, self)
                     return True
                 outbox._ready.append(self)
-            elif self._resting:
-                if not urgent:
-                    return True
+            elif self._resting and urgent:
                 self._end_rest()
-            batch = outbox._take_if_small()
-        if batch is not None:
-            outbox.send_at_once(*batch)
         return True
 
     def _pause(self) -> float:
@@ -3830,24 +3835,28 @@ class Flow:
 
     def put(self, stream: Stream, data: bytes) -> None:
         with self._lock:
-            if not self._closed:
-                self._unsent.append((stream, data))
-                self._end += len(data)
-                self._pass_on()
+            if self._closed:
+                return
+            self._unsent.append((stream, data))
+            self._end += len(data)
+            channel = self._pass_on()
+        self._send(channel)
 
     def announce_loss(self, session_id: str, lost: int) -> None:
         """Say at this place that bytes are missing."""
         with self._lock:
             self._unsent.append((None, encode(Lost(session_id, self._end, lost))))
-            self._pass_on()
+            channel = self._pass_on()
+        self._send(channel)
 
     def begin(self, message: Started) -> None:
         """Send that the session has started, and then its output."""
         with self._lock:
             self._first = message
             if self._channel is not None:
-                self._channel.send(message)
-            self._pass_on()
+                self._channel.queue(None, encode(message))
+            channel = self._pass_on()
+        self._send(channel)
 
     def send(self, message: Ack) -> None:
         """Send a message at once; it is not kept."""
@@ -3859,30 +3868,36 @@ class Flow:
         """Send the exit, or an error instead, behind all output, and keep it: the session's last word."""
         with self._lock:
             self._last = message
-            self._pass_on()
+            channel = self._pass_on()
+        self._send(channel)
 
-    def _pass_on(self) -> None:
-        """Hand to the channel what the window allows. Holds the lock."""
+    @staticmethod
+    def _send(channel: Channel | None) -> None:
+        """Send what _pass_on() queued: without the lock, which those who acknowledge need meanwhile."""
+        if channel is not None:
+            channel.send_queued()
+
+    def _pass_on(self) -> Channel | None:
+        """Queue in the channel, which is returned, what the window allows. Holds the lock."""
         channel = self._channel
         if channel is None or self._first is None:
-            return
+            return channel
         while self._unsent:
             stream, data = self._unsent[0]
-            if stream is None:
-                channel.send_encoded(data)
-            else:
+            if stream is not None:
                 allowed = self._consumed + self._window - self._sent
                 if allowed <= 0:
-                    return
+                    return channel
                 if len(data) > allowed:
                     self._unsent[0] = (stream, data[allowed:])
                     self._unsent.appendleft((stream, data := data[:allowed]))
                 self._sent += len(data)
-                channel.put(stream, data)
+            channel.queue(stream, data)
             self._kept.append(self._unsent.popleft())
         if self._last is not None and not self._last_sent:
             self._last_sent = True
-            channel.send(self._last)
+            channel.queue(None, encode(self._last))
+        return channel
 
     def acknowledge(self, offset: int) -> None:
         """Forget every byte below ``offset``.
@@ -3895,8 +3910,9 @@ class Flow:
                 raise ValueError(f"offset {offset} is beyond the {self._sent} bytes that were sent")
             self._consumed = max(self._consumed, offset)
             self._forget(offset)
-            self._pass_on()
+            channel = self._pass_on()
             callback = self._take_callback()
+        self._send(channel)
         if callback is not None:
             callback()
 
@@ -3947,11 +3963,12 @@ class Flow:
             self._last_sent = False
             self._window = window
             self._channel = channel
-            channel.send(message)
+            channel.queue(None, encode(message))
             if self._first is not None:  # the client may not know yet
-                channel.send(self._first)
+                channel.queue(None, encode(self._first))
             self._pass_on()
             callback = self._take_callback()
+        channel.send_queued()
         if callback is not None:
             callback()
 
@@ -4063,9 +4080,7 @@ class Outbox:
                 return
             self._frames.append(frame)
             self._frames_size += len(frame)
-            batch = self._take_if_small()
-        if batch is not None:
-            self.send_at_once(*batch)
+        self.send_queued()
 
     def wait_for_calm(self, limit: int) -> None:
         """Block while more than ``limit`` bytes of messages without a session wait."""
@@ -4116,27 +4131,27 @@ class Outbox:
         with self._lock:
             self._send_now = send_now
 
-    def _take_if_small(self) -> tuple[list[bytes | _Turn], list[Callable[[], None]]] | None:
-        """Take the role and all the work if both are to be had and that is little; else wake the writer.
+    def send_queued(self) -> None:
+        """Send what waits, without waiting, if the role is to be had and it is one session's; else wake the writer.
 
-        Holds the lock. The caller lets go of it and calls send_at_once().
+        What the socket does not accept is the writer's.
         """
-        if (
-            self._send_now is None
-            or self._sending
-            or self._rest
-            or len(self._ready) > 1
-            or b"" in self._frames  # the writer knows how to end the stream
-            or self._frames_size + sum(channel._size for channel in self._ready) > SEND_NOW_LIMIT
-        ):
-            self._work.notify()
-            return None
-        self._sending = True
-        return self._take_batch()
-
-    def send_at_once(self, batch: list[bytes | _Turn], callbacks: list[Callable[[], None]]) -> None:
-        """Send a batch without waiting and give the role back; what the socket does not accept is the writer's."""
-        assert self._send_now is not None
+        with self._lock:
+            if not self._frames and not self._ready:
+                return
+            if (
+                self._send_now is None
+                or self._sending
+                or self._rest
+                or len(self._ready) > 1
+                or b"" in self._frames  # the writer knows how to end the stream
+                or self._frames_size > SEND_NOW_LIMIT
+                or (self._ready and self._ready[0]._size > self._ready[0].send_now_limit)
+            ):
+                self._work.notify()
+                return
+            self._sending = True
+            batch, callbacks = self._take_batch()
         for callback in callbacks:
             callback()
         rest = self._send_now(batch)
