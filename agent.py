@@ -6601,8 +6601,9 @@ def measure(children: Mapping[str, Child], processes: bool = False) -> dict[str,
 # ══════════════════════════════════════════════════════════════════════════════
 # 12  Connection
 #     Owns one WebSocket peer each, whichever side dialled. Threads: the library's
-#     receiver, which answers pings; the connection thread, which dispatches; the
-#     writer, the only one that sends. One heartbeat thread watches them all.
+#     receiver, which answers pings and dispatches; the connection thread, which
+#     does so for messages in fragments; the writer, and whoever sends something
+#     itself (see Outbox). One heartbeat thread watches them all.
 # ══════════════════════════════════════════════════════════════════════════════
 
 CLOSE_TIMEOUT = 3.0  # seconds for the closing handshake
@@ -6801,8 +6802,12 @@ class QueuedConnection(WebSocket):
     calls with the mutex held, only queues; what is queued is sent by the writer
     thread, or without waiting by the thread that has something small to send.
 
+    Receiving takes no change of threads either where serve_messages() is used.
+
     Relies on: send_data() being the only place that writes to the socket;
-    protocol.data_to_send(), protocol_mutex, close_socket(), process_event().
+    protocol.data_to_send(), protocol_mutex, close_socket(); process_event(),
+    which the receiver calls without that mutex; recv_messages.frames, the queue;
+    the protocol's parser, which reads from the reader that it has when it is made.
     tests/system/test_library.py fails if a release changes one of them.
     """
 
@@ -6868,9 +6873,56 @@ class QueuedConnection(WebSocket):
                 self.protocol.send_ping(b"")
                 self.send_data()
 
+    def serve_messages(self, handler: Callable[[str | bytes], None]) -> None:
+        """Call ``handler`` with each message in its order, until the connection is closed.
+
+        The receiver calls it, which saves a change of threads for every message,
+        and the caller's thread for what needs the library's help: a message in
+        fragments, one that is not UTF-8. While it runs nothing is received, pings
+        neither: it must not block.
+
+        Raises:
+            ConnectionClosed: if the connection ends otherwise than by a closing handshake.
+        """
+        self._handler = handler
+        try:
+            while True:
+                with self._direct_lock:
+                    self._direct = self.recv_messages.frames.empty()
+                handler(self.recv())
+        except ConnectionClosed as exc:
+            if self._handler_failure is not None:
+                raise self._handler_failure from None
+            if not isinstance(exc, ConnectionClosedOK):
+                raise
+
     def process_event(self, event: Any) -> None:
         self.last_received = time.monotonic()
-        super().process_event(event)
+        if not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:
+            super().process_event(event)
+        elif self._direct and (message := self._whole_message(event)) is not None:
+            assert self._handler is not None
+            try:
+                self._handler(message)
+            except Exception as exc:
+                self._handler_failure = exc
+                self.close_socket()
+        else:
+            with self._direct_lock:
+                self._direct = False
+                super().process_event(event)
+
+    @staticmethod
+    def _whole_message(frame: Frame) -> str | bytes | None:
+        """The message that a frame is; None if it is a part of one, or not UTF-8."""
+        if not frame.fin or frame.opcode is Opcode.CONT:
+            return None
+        if frame.opcode is Opcode.BINARY:
+            return cast(bytes, frame.data)
+        try:
+            return bytes(frame.data).decode()
+        except UnicodeDecodeError:
+            return None
 
     def close_socket(self) -> None:
         self.outbox.end()
@@ -7427,7 +7479,7 @@ class Peer:
         self._sessions: dict[str, Session] = {}
         self._ended_ids: dict[str, None] = {}  # the latest, oldest first
         self._calls: collections.deque[GetStats | ArchiveStat] = collections.deque()  # the first is being answered
-        self.started = 0  # sessions so far; this and _received are the connection thread's alone
+        self.started = 0  # sessions so far; this and _received are of the thread that dispatches
         self._received = 0  # bytes of stdin
         runtime.books.counters.count(CONNECTIONS_OPENED, str(self.version))
         self._health = Channel(connection.outbox, "health")  # changes of it; used by the checking thread alone
@@ -7438,8 +7490,7 @@ class Peer:
         log.info("connected, protocol version %d", self.version, extra=self._extra)
         how, why = "closed", "closed by the peer"
         try:
-            for message in self._connection:
-                self._receive(message)
+            self._connection.serve_messages(self._receive)
         except ConnectionClosed as exc:
             how = "lost"
             why = f"lost: {exc}" if exc.__cause__ is None else f"lost: {exc} ({exc.__cause__})"
