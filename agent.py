@@ -91,7 +91,7 @@ import threading
 import time
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 if __name__ == "__main__":
@@ -99,11 +99,19 @@ if __name__ == "__main__":
     sys.dont_write_bytecode = True
 
 from websockets.datastructures import Headers
-from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, SecurityError, WebSocketException
-from websockets.frames import CloseCode, Opcode
+from websockets.exceptions import (
+    ConnectionClosed,
+    ConnectionClosedOK,
+    InvalidStatus,
+    InvalidURI,
+    SecurityError,
+    WebSocketException,
+)
+from websockets.frames import DATA_OPCODES, CloseCode, Frame, Opcode
 from websockets.http11 import Request as HTTPRequest
 from websockets.http11 import Response as HTTPResponse
 from websockets.protocol import OPEN
+from websockets.protocol import Protocol as WebSocketProtocol
 from websockets.server import ServerProtocol
 from websockets.streams import StreamReader
 from websockets.sync.client import ClientConnection, connect
@@ -1667,12 +1675,17 @@ class LogFormatter(logging.Formatter):
         # A message may quote what a peer sent: no line break or escape code gets
         # through. A traceback's lines are indented, to look like no record.
         text = "\n    ".join(
-            "".join(char if char.isprintable() or char == "\t" else repr(char)[1:-1] for char in line) for line in lines
+            line
+            if line.isprintable()
+            else "".join(char if char.isprintable() or char == "\t" else repr(char)[1:-1] for char in line)
+            for line in lines
         )
         return f"{when} {level:5} {text}{fields}"
 
 
 LOG_BACKLOG = 4096  # records that may wait for stderr to take them
+LOG_GATHERED = 256  # records that are enough to be written at once
+LOG_PAUSE = 0.02  # seconds in which records gather: a thread that wakes for each takes a tenth of an exec's time
 
 
 class LogHandler(logging.Handler):
@@ -1690,6 +1703,7 @@ class LogHandler(logging.Handler):
         self.lost = 0  # in all
         self._writing = False
         self._started = False
+        self._hurry = threading.Event()  # ends LOG_PAUSE: there is enough, or somebody waits in flush()
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Queue a record. Does without the lock of the base class, which is held while it writes."""
@@ -1702,11 +1716,15 @@ class LogHandler(logging.Handler):
             if not self._started:
                 threading.Thread(target=self._run, name="log", daemon=True).start()
                 self._started = True
-            self._changed.notify_all()
+            if len(self._records) == 1:
+                self._changed.notify_all()
+            elif len(self._records) == LOG_GATHERED:
+                self._hurry.set()
         return True
 
     def flush(self, timeout: float = 1.0) -> None:
         """Wait until everything is written, ``timeout`` seconds at most."""
+        self._hurry.set()
         with self._changed:
             self._changed.wait_for(lambda: not self._records and not self._writing, timeout)
 
@@ -1716,6 +1734,9 @@ class LogHandler(logging.Handler):
                 self._writing = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._records)
+            self._hurry.wait(LOG_PAUSE)
+            self._hurry.clear()
+            with self._changed:
                 records, dropped = list(self._records), self._dropped
                 self._records.clear()
                 self._dropped = 0
@@ -3050,12 +3071,13 @@ def end_processes(children: Sequence[Child] | None, grace: float) -> None:
 # ══════════════════════════════════════════════════════════════════════════════
 # 6  Pumps
 #    Owns the threads that move bytes between descriptors and queues: a pool of
-#    parked threads, a reader per pipe, one pump for all terminals, a writer per
-#    stdin while something is queued. Knows bytes and callbacks, no sessions.
+#    parked threads, a reader for a command's pipes, one pump for all terminals, a
+#    writer per stdin while something is queued. Knows bytes and callbacks, no sessions.
 # ══════════════════════════════════════════════════════════════════════════════
 
 PIPE_SIZE = 1 << 20  # bytes that a busy pipe is grown to (F_SETPIPE_SZ)
 FIRST_READ = 64 << 10  # bytes in the first read: a new pipe's capacity (pipe(7))
+BUSY_READ = 512 << 10  # bytes in each once the pipe is grown: a quarter less time for a byte than with 256 KiB
 IDLE_THREAD_LIFE = 10.0  # seconds that a thread stays parked
 DEFAULT_WINDOW = (80, 24)  # columns, rows
 
@@ -3194,64 +3216,71 @@ class Wakeup:
                 os.close(self.fd)
 
 
-class Quiet:
-    """How long none of a session's pipes has had output, once its command has ended.
+class PipeReader:
+    """Moves the bytes of a process's pipes into a sink until they end; one thread for both.
 
-    Entered by the readers of both pipes; each write is one attribute's.
+    A pipe ends at end of file; or, once ``exited`` is set, when neither has had
+    output for the drain timeout: a background child may hold them for ever.
+    Holds ``exited`` from the beginning to the end of run(). No other thread enters.
     """
 
-    def __init__(self, drain_timeout: float) -> None:
+    def __init__(self, pipes: Mapping[int, Stream], sink: Sink, exited: Wakeup, drain_timeout: float) -> None:
+        self._streams = dict(pipes)  # of the descriptors that are open
+        self._sizes = dict.fromkeys(pipes, FIRST_READ)  # of the next read
+        self._sink = sink
+        self._exited = exited
         self._drain_timeout = min(drain_timeout, 1e6)  # poll(2) takes 24 days at most
-        self._since = 0.0
+        self._quiet_since = math.inf  # on the monotonic clock; infinite while the process runs
+        self._poller = select.poll()
 
-    def broken(self) -> None:
-        """There is output, or the command has ended just now."""
-        self._since = time.monotonic()
+    def run(self, on_end: Callable[[], None]) -> None:
+        """Read until the end, close the pipes and call ``on_end``."""
+        self._exited.hold()
+        for fd in (*self._streams, self._exited.fd):
+            self._poller.register(fd, select.POLLIN)
+        try:
+            while self._streams:
+                ready = self._poller.poll(self._timeout())
+                if not ready and self._timeout() == 0:
+                    break
+                for fd, _ in ready:
+                    if fd == self._exited.fd:
+                        self._poller.unregister(fd)
+                        self._quiet_since = time.monotonic()
+                    else:
+                        self._read(fd)
+        finally:
+            for fd in list(self._streams):
+                self._close(fd)
+            self._exited.release()
+            on_end()
 
-    def left(self) -> float:
-        """Milliseconds until it has been quiet for the drain timeout; 0 or less if it has."""
-        return (self._since + self._drain_timeout - time.monotonic()) * 1000
+    def _timeout(self) -> int | None:
+        """Milliseconds until it has been quiet for long enough; 0 if it has; None while the process runs."""
+        if self._quiet_since == math.inf:
+            return None
+        return max(math.ceil((self._quiet_since + self._drain_timeout - time.monotonic()) * 1000), 0)
 
+    def _read(self, fd: int) -> None:
+        """Read a pipe that is ready, once what is read is welcome."""
+        self._sink.wait_for_room()
+        size = self._sizes[fd]
+        data = os.read(fd, size)
+        if not data:
+            self._poller.unregister(fd)
+            self._close(fd)
+            return
+        if self._quiet_since != math.inf:
+            self._quiet_since = time.monotonic()
+        if len(data) == size and size < BUSY_READ:
+            self._sizes[fd] = BUSY_READ
+            with contextlib.suppress(OSError):  # over the user's quota (pipe(7)): go on with 64 KiB
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        self._sink.put(self._streams[fd], data)
 
-def read_pipe(fd: int, stream: Stream, sink: Sink, exited: Wakeup, quiet: Quiet, on_end: Callable[[], None]) -> None:
-    """Move a pipe's bytes into ``sink`` until it ends, then close it and call ``on_end``.
-
-    It ends at end of file; or, once ``exited`` is set, when the session has been
-    ``quiet`` for its drain timeout: a background child may hold a pipe for ever.
-    Holds ``exited``. Runs in a pool thread of its own.
-    """
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    poller.register(exited.fd, select.POLLIN)
-    draining = False
-    size = FIRST_READ
-    try:
-        while True:
-            sink.wait_for_room()
-            events = poller.poll(max(math.ceil(quiet.left()), 0) if draining else None)
-            if not events:
-                if quiet.left() <= 0:
-                    return
-                continue
-            if not draining and any(ready == exited.fd for ready, _ in events):
-                poller.unregister(exited.fd)
-                draining = True
-                quiet.broken()
-                continue
-            data = os.read(fd, size)
-            if not data:
-                return
-            if draining:
-                quiet.broken()
-            if len(data) == size and size < READ_SIZE:
-                size = READ_SIZE
-                with contextlib.suppress(OSError):  # over the user's quota (pipe(7)): go on with 64 KiB
-                    fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-            sink.put(stream, data)
-    finally:
+    def _close(self, fd: int) -> None:
+        del self._streams[fd]
         os.close(fd)
-        exited.release()
-        on_end()
 
 
 PROGRESS_STEP = 128 << 10  # bytes that a child's stdin takes before its client is told
@@ -3281,6 +3310,7 @@ class Input:
         self._fd = -1  # -1 before open() and once closed
         self._exited: Wakeup | None = None
         self._terminal = False
+        self._grown = False  # whether the pipe has its full size
         self._last = b""  # the last byte written
         self.accepted = 0  # bytes so far that write() took
         self._told = 0  # bytes so far that a listener knows to be written, or of no use to anybody
@@ -3301,7 +3331,7 @@ class Input:
             self._start_writer()
         self._tell()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         """Queue ``data``.
 
         Raises:
@@ -3319,7 +3349,7 @@ class Input:
             self._queue.append(data)
             self._queued += len(data)
             self.accepted += len(data)
-            self._last = data[-1:]
+            self._last = bytes(data[-1:])
             if not self._writing:
                 self._write_some()
             start = self._claim_writer()
@@ -3410,6 +3440,8 @@ class Input:
                 with self._lock:
                     if any(ready == self._exited.fd for ready, _ in events):
                         self._dead = True
+                    else:
+                        self._grow()
                     self._write_some()
                     if self._dead or not self._queue:
                         return
@@ -3458,6 +3490,14 @@ class Input:
                 self._queue.append(keys)
                 self._queued += len(keys)
                 self._write_some()
+
+    def _grow(self) -> None:
+        """Make a pipe larger that was full and is read: that saves most changes of threads. Holds the lock."""
+        if self._grown or self._terminal or self._fd < 0:
+            return
+        self._grown = True
+        with contextlib.suppress(OSError):  # over the user's quota (pipe(7)): go on with 64 KiB
+            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
 
     def _end_of_file_keys(self) -> bytes:
         """End of input as a person types it, termios(3): VEOF ends a line, or the input at a line's start."""
@@ -3669,6 +3709,7 @@ OUTBOX_LIMIT = 64 << 20  # bytes of all sessions of a connection that may wait, 
 FRAME_LIMIT = 1 << 20  # bytes of output in one data frame
 BATCH_SIZE = 256 << 10  # bytes that are worth a system call of their own
 SEND_NOW_LIMIT = 16 << 10  # bytes that whoever puts them may send itself
+SEND_NOW_BINARY_LIMIT = 1 << 20  # the same in version 2, where nothing is to be encoded
 PACED_BURST = 16  # small frames of a session that go out at once, in a paced outbox
 PACED_RATE = 25.0  # frames/s that go out after them
 
@@ -3684,6 +3725,7 @@ class Channel:
     def __init__(self, outbox: Outbox, session_id: str, binary: bool = False) -> None:
         self._outbox = outbox
         self._binary = binary  # data frames of version 2
+        self.send_now_limit = SEND_NOW_BINARY_LIMIT if binary else SEND_NOW_LIMIT
         make_prefix = data_frame_prefix if binary else data_prefix
         self._prefixes = {stream: make_prefix(stream, session_id) for stream in Stream}
         # Guarded by the outbox's lock, as is everything in an outbox.
@@ -3732,7 +3774,16 @@ class Channel:
 
     def put(self, stream: Stream, data: bytes) -> None:
         """Queue output; dropped if the connection is closed."""
+        if self._append(stream, data):
+            self._outbox.send_queued()
+
+    def queue(self, stream: Stream | None, data: bytes) -> None:
+        """Queue output, or without a stream a message, for send_queued()."""
         self._append(stream, data)
+
+    def send_queued(self) -> None:
+        """Have what is queued sent, if it can be without waiting by this thread."""
+        self._outbox.send_queued()
 
     def send(self, message: Request | Event, on_sent: Callable[[], None] | None = None) -> None:
         """Queue a message behind what the session has queued so far.
@@ -3740,11 +3791,10 @@ class Channel:
         Args:
             on_sent: for the last message: called when it is on its way, or never will be.
         """
-        if not self._append(None, encode(message), on_sent) and on_sent is not None:
+        if self._append(None, encode(message), on_sent):
+            self._outbox.send_queued()
+        elif on_sent is not None:
             on_sent()
-
-    def send_encoded(self, message: bytes) -> None:
-        self._append(None, message)
 
     def discard(self) -> None:
         """Drop what waits: its session has ended."""
@@ -3781,13 +3831,8 @@ class Channel:
                     outbox._rest_until(time.monotonic() + pause, self)
                     return True
                 outbox._ready.append(self)
-            elif self._resting:
-                if not urgent:
-                    return True
+            elif self._resting and urgent:
                 self._end_rest()
-            batch = outbox._take_if_small()
-        if batch is not None:
-            outbox.send_at_once(*batch)
         return True
 
     def _pause(self) -> float:
@@ -3893,24 +3938,28 @@ class Flow:
 
     def put(self, stream: Stream, data: bytes) -> None:
         with self._lock:
-            if not self._closed:
-                self._unsent.append((stream, data))
-                self._end += len(data)
-                self._pass_on()
+            if self._closed:
+                return
+            self._unsent.append((stream, data))
+            self._end += len(data)
+            channel = self._pass_on()
+        self._send(channel)
 
     def announce_loss(self, session_id: str, lost: int) -> None:
         """Say at this place that bytes are missing."""
         with self._lock:
             self._unsent.append((None, encode(Lost(session_id, self._end, lost))))
-            self._pass_on()
+            channel = self._pass_on()
+        self._send(channel)
 
     def begin(self, message: Started) -> None:
         """Send that the session has started, and then its output."""
         with self._lock:
             self._first = message
             if self._channel is not None:
-                self._channel.send(message)
-            self._pass_on()
+                self._channel.queue(None, encode(message))
+            channel = self._pass_on()
+        self._send(channel)
 
     def send(self, message: Ack) -> None:
         """Send a message at once; it is not kept."""
@@ -3922,30 +3971,36 @@ class Flow:
         """Send the exit, or an error instead, behind all output, and keep it: the session's last word."""
         with self._lock:
             self._last = message
-            self._pass_on()
+            channel = self._pass_on()
+        self._send(channel)
 
-    def _pass_on(self) -> None:
-        """Hand to the channel what the window allows. Holds the lock."""
+    @staticmethod
+    def _send(channel: Channel | None) -> None:
+        """Send what _pass_on() queued: without the lock, which those who acknowledge need meanwhile."""
+        if channel is not None:
+            channel.send_queued()
+
+    def _pass_on(self) -> Channel | None:
+        """Queue in the channel, which is returned, what the window allows. Holds the lock."""
         channel = self._channel
         if channel is None or self._first is None:
-            return
+            return channel
         while self._unsent:
             stream, data = self._unsent[0]
-            if stream is None:
-                channel.send_encoded(data)
-            else:
+            if stream is not None:
                 allowed = self._consumed + self._window - self._sent
                 if allowed <= 0:
-                    return
+                    return channel
                 if len(data) > allowed:
                     self._unsent[0] = (stream, data[allowed:])
                     self._unsent.appendleft((stream, data := data[:allowed]))
                 self._sent += len(data)
-                channel.put(stream, data)
+            channel.queue(stream, data)
             self._kept.append(self._unsent.popleft())
         if self._last is not None and not self._last_sent:
             self._last_sent = True
-            channel.send(self._last)
+            channel.queue(None, encode(self._last))
+        return channel
 
     def acknowledge(self, offset: int) -> None:
         """Forget every byte below ``offset``.
@@ -3958,8 +4013,9 @@ class Flow:
                 raise ValueError(f"offset {offset} is beyond the {self._sent} bytes that were sent")
             self._consumed = max(self._consumed, offset)
             self._forget(offset)
-            self._pass_on()
+            channel = self._pass_on()
             callback = self._take_callback()
+        self._send(channel)
         if callback is not None:
             callback()
 
@@ -4010,11 +4066,12 @@ class Flow:
             self._last_sent = False
             self._window = window
             self._channel = channel
-            channel.send(message)
+            channel.queue(None, encode(message))
             if self._first is not None:  # the client may not know yet
-                channel.send(self._first)
+                channel.queue(None, encode(self._first))
             self._pass_on()
             callback = self._take_callback()
+        channel.send_queued()
         if callback is not None:
             callback()
 
@@ -4126,9 +4183,7 @@ class Outbox:
                 return
             self._frames.append(frame)
             self._frames_size += len(frame)
-            batch = self._take_if_small()
-        if batch is not None:
-            self.send_at_once(*batch)
+        self.send_queued()
 
     def wait_for_calm(self, limit: int) -> None:
         """Block while more than ``limit`` bytes of messages without a session wait."""
@@ -4179,27 +4234,27 @@ class Outbox:
         with self._lock:
             self._send_now = send_now
 
-    def _take_if_small(self) -> tuple[list[bytes | _Turn], list[Callable[[], None]]] | None:
-        """Take the role and all the work if both are to be had and that is little; else wake the writer.
+    def send_queued(self) -> None:
+        """Send what waits, without waiting, if the role is to be had and it is one session's; else wake the writer.
 
-        Holds the lock. The caller lets go of it and calls send_at_once().
+        What the socket does not accept is the writer's.
         """
-        if (
-            self._send_now is None
-            or self._sending
-            or self._rest
-            or len(self._ready) > 1
-            or b"" in self._frames  # the writer knows how to end the stream
-            or self._frames_size + sum(channel._size for channel in self._ready) > SEND_NOW_LIMIT
-        ):
-            self._work.notify()
-            return None
-        self._sending = True
-        return self._take_batch()
-
-    def send_at_once(self, batch: list[bytes | _Turn], callbacks: list[Callable[[], None]]) -> None:
-        """Send a batch without waiting and give the role back; what the socket does not accept is the writer's."""
-        assert self._send_now is not None
+        with self._lock:
+            if not self._frames and not self._ready:
+                return
+            if (
+                self._send_now is None
+                or self._sending
+                or self._rest
+                or len(self._ready) > 1
+                or b"" in self._frames  # the writer knows how to end the stream
+                or self._frames_size > SEND_NOW_LIMIT
+                or (self._ready and self._ready[0]._size > self._ready[0].send_now_limit)
+            ):
+                self._work.notify()
+                return
+            self._sending = True
+            batch, callbacks = self._take_batch()
         for callback in callbacks:
             callback()
         rest = self._send_now(batch)
@@ -4380,8 +4435,7 @@ class Process:
         self._on_finished = on_finished
         self._on_exit = on_exit
         self._exited = Wakeup()  # wakes the pumps; this object is one of its holders until EXITED
-        self._quiet = Quiet(runtime.config.drain_timeout)
-        self._stdout = -1  # for pump(), set by start()
+        self._outputs: dict[int, Stream] = {}  # for pump(), set by start()
         # Guards the attributes below.
         self._lock = threading.Lock()
         self._state = ProcessState.STARTING
@@ -4391,7 +4445,7 @@ class Process:
         self._size = DEFAULT_WINDOW  # until the terminal exists
         self._early_signals: list[tuple[int, bool]] = []  # sent before the child exists
         self._abandoned = False  # end() came before the child exists
-        self._open_outputs = 1 if tty else 2
+        self._output_open = True
         self._code: int | None = None
 
     @property
@@ -4436,8 +4490,6 @@ class Process:
 
     def _start_on_pipes(self, command: Command) -> None:
         with contextlib.ExitStack() as undo:
-            (thread,) = self._runtime.pool.reserve(1)
-            undo.callback(self._runtime.pool.release, [thread])
             # The child's ends are closed here whether it could be started or not.
             with contextlib.ExitStack() as closing:
                 child_stdin, stdin = _pipe(closing, undo)
@@ -4448,11 +4500,9 @@ class Process:
             undo.pop_all()
         with self._lock:
             self._child = child
-        self._stdout = stdout
+        self._outputs = {stdout: Stream.STDOUT, stderr: Stream.STDERR}
         os.set_blocking(stdin, False)
         self.input.open(stdin, self._exited)
-        self._exited.hold()
-        thread.run(self._read, stderr, Stream.STDERR)
 
     def _start_on_terminal(self, command: Command) -> None:
         self._runtime.terminals.start()  # before there is a child that a failure would leave behind
@@ -4494,13 +4544,10 @@ class Process:
             self._runtime.end_later([child])
 
     def pump(self) -> None:
-        """Move stdout until it ends; the caller's thread becomes its reader. On a terminal, return at once."""
+        """Move output until it ends; the caller's thread becomes its reader. On a terminal, return at once."""
         if not self.tty:
-            self._exited.hold()
-            self._read(self._stdout, Stream.STDOUT)
-
-    def _read(self, fd: int, stream: Stream) -> None:
-        read_pipe(fd, stream, self._sink, self._exited, self._quiet, self._output_ended)
+            drain_timeout = self._runtime.config.drain_timeout
+            PipeReader(self._outputs, self._sink, self._exited, drain_timeout).run(self._output_ended)
 
     def send_signal(self, number: int, alone: bool = False) -> None:
         """Signal the process group; on a terminal its foreground group, as the terminal would.
@@ -4561,12 +4608,12 @@ class Process:
 
     def _output_ended(self) -> None:
         with self._lock:
-            self._open_outputs -= 1
+            self._output_open = False
         self._maybe_finish()
 
     def _maybe_finish(self) -> None:
         with self._lock:
-            if self._code is None or self._open_outputs or self._state is ProcessState.EXITED:
+            if self._code is None or self._output_open or self._state is ProcessState.EXITED:
                 return
             self._state = ProcessState.EXITED
             terminal = self._terminal
@@ -4602,7 +4649,7 @@ class Session(Protocol):
     id: str
     record: Record
 
-    def write(self, data: bytes) -> None: ...
+    def write(self, data: BytesLike) -> None: ...
 
     def end_input(self) -> None: ...
 
@@ -4679,7 +4726,7 @@ class ExecSession:
         # The id is free once its exit is on its way: another session's output must not come before it.
         self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.channel.refill()
         if self._request.no_stdin:
             return
@@ -5027,7 +5074,7 @@ class AttachSession:
         stream = Stream.STDOUT if self._target.tty else Stream.STDERR
         self.channel.send(Output(self.id, stream, describe_loss(lost, self._target.log.capacity), lost))
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.channel.refill()
         try:
             self._target.input.write(data)
@@ -5140,7 +5187,7 @@ class FlowExecSession(ExecSession):
     def consumed(self) -> int:
         return self._process.input.written()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.tie.received += len(data)
         super().write(data)
         if self._request.no_stdin:
@@ -5199,7 +5246,7 @@ class FlowAttachSession(AttachSession):
             flow.finish(Exit(self.id, code))
         log.info("attach ended%s", self.record.cause, extra=self.record.extra)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.tie.received += len(data)
         super().write(data)
         self.host.send(Ack(self.id, self.tie.received, self.tie.heard))
@@ -5276,7 +5323,7 @@ class DetachingSession:
         self._commands.end(self._command)
         self._on_end()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         text = "stdin: a detached command has none from here: attach to it"
         self.host.send(Error(self.id, text, Reason.BAD_MESSAGE))
 
@@ -6278,10 +6325,10 @@ class ArchiveSession:
     def consumed(self) -> int:
         return self._input.consumed()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: BytesLike) -> None:
         self.tie.received += len(data)
         limit = self._runtime.config.stdin_limit
-        if self._input.feed(data) > limit:
+        if self._input.feed(bytes(data)) > limit:
             text = f"stdin: more than {limit} bytes are waiting"
             self.host.send(Error(self.id, text, Reason.ARCHIVE_FAILED))
             self.end()
@@ -6658,8 +6705,9 @@ def measure(children: Mapping[str, Child], processes: bool = False) -> dict[str,
 # ══════════════════════════════════════════════════════════════════════════════
 # 12  Connection
 #     Owns one WebSocket peer each, whichever side dialled. Threads: the library's
-#     receiver, which answers pings; the connection thread, which dispatches; the
-#     writer, the only one that sends. One heartbeat thread watches them all.
+#     receiver, which answers pings and dispatches; the connection thread, which
+#     does so for messages in fragments; the writer, and whoever sends something
+#     itself (see Outbox). One heartbeat thread watches them all.
 # ══════════════════════════════════════════════════════════════════════════════
 
 CLOSE_TIMEOUT = 3.0  # seconds for the closing handshake
@@ -6668,6 +6716,8 @@ CALLS_LIMIT = 64  # questions of one peer that may wait for their answers
 HEARD_STEP = 16  # signals, sizes and ends after which a client is told that they have come
 REMEMBERED_IDS = 4096  # ended sessions whose late messages are expected
 CONTROL_SIZE = 16  # bytes; a ping or pong of ours is smaller, a message is not
+LARGE_PAYLOAD = 64 << 10  # bytes from which on a frame's payload is not gathered in the library's buffer
+LARGE_PART = 4 << 10  # bytes from which on a part of it is kept as it came
 IOV_MAX = 1024  # buffers in one sendmsg(2), see <limits.h>
 
 
@@ -6799,6 +6849,53 @@ def peer_certificate(sock: socket.socket) -> dict[str, Any]:
     return {}
 
 
+class FrameReader(StreamReader):
+    """What is received and not parsed yet; puts a large payload together once, where the library copies it thrice.
+
+    Entered with protocol_mutex held.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: list[bytes | bytearray] | None = None  # of a large payload, while it comes
+        self._count = 0  # bytes in _parts
+
+    def feed_data(self, data: bytes | bytearray) -> None:
+        if self._parts is None:
+            super().feed_data(data)
+            return
+        self._count += len(data)
+        if len(data) >= LARGE_PART:
+            self._parts.append(data)
+        elif isinstance(self._parts[-1], bytearray):  # a megabyte of single bytes is no list of a million objects
+            self._parts[-1] += data
+        else:
+            self._parts.append(bytearray(data))
+
+    def at_eof(self) -> Generator[None, None, bool]:
+        self._parts = None  # what is discarded after an error is not kept either
+        return super().at_eof()
+
+    def read_exact(self, n: int) -> Generator[None, None, bytearray]:
+        if n < LARGE_PAYLOAD or len(self.buffer) >= n:
+            return super().read_exact(n)
+        return self._read_large(n)
+
+    def _read_large(self, n: int) -> Generator[None, None, bytearray]:
+        parts: list[bytes | bytearray] = [self.buffer]
+        self.buffer = bytearray()
+        self._parts, self._count = parts, len(parts[0])
+        while self._count < n:
+            if self.eof:
+                raise EOFError(f"stream ends after {self._count} bytes, expected {n} bytes")
+            yield
+        self._parts = None
+        last = memoryview(parts.pop())
+        end = len(last) - (self._count - n)
+        self.buffer += last[end:]
+        return bytearray().join([*parts, last[:end]])
+
+
 class QueuedConnection(WebSocket):
     """A websockets connection whose sending never blocks its receiving.
 
@@ -6809,8 +6906,12 @@ class QueuedConnection(WebSocket):
     calls with the mutex held, only queues; what is queued is sent by the writer
     thread, or without waiting by the thread that has something small to send.
 
+    Receiving takes no change of threads either where serve_messages() is used.
+
     Relies on: send_data() being the only place that writes to the socket;
-    protocol.data_to_send(), protocol_mutex, close_socket(), process_event().
+    protocol.data_to_send(), protocol_mutex, close_socket(); process_event(),
+    which the receiver calls without that mutex; recv_messages.frames, the queue;
+    the protocol's parser, which reads from the reader that it has when it is made.
     tests/system/test_library.py fails if a release changes one of them.
     """
 
@@ -6818,7 +6919,7 @@ class QueuedConnection(WebSocket):
     masked = False
     paced = False
 
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, sock: socket.socket, protocol: WebSocketProtocol, *args: Any, **kwargs: Any) -> None:
         stream = cast(socket.socket, TLSStream(sock)) if isinstance(sock, ssl.SSLSocket) else sock
         self.who = who_is(stream)
         self.outbox = Outbox(self.masked, self.paced)
@@ -6827,7 +6928,17 @@ class QueuedConnection(WebSocket):
         self._writing = False  # guarded by protocol_mutex; once True, everything goes through the outbox
         self._sent = 0  # bytes handed to the kernel, pings and pongs aside; the role's, see Outbox
         self._secure = isinstance(sock, ssl.SSLSocket)
-        super().__init__(stream, *args, **kwargs)
+        # For serve_messages(). The receiver makes _direct False, serve_messages()
+        # makes it True: both with the lock, which is also held while a message is queued.
+        self._handler: Callable[[str | bytes], None] | None = None
+        self._direct = False
+        self._direct_lock = threading.Lock()
+        self._handler_failure: Exception | None = None
+        # Before the receiver starts. The parser has begun with the reader that it found.
+        protocol.reader = FrameReader()
+        protocol.parser = protocol.parse()
+        next(protocol.parser)
+        super().__init__(stream, protocol, *args, **kwargs)
 
     def start_writer(self, pool: ThreadPool) -> None:
         """Send from a thread of ``pool`` from now on; call it right after the handshake.
@@ -6866,9 +6977,56 @@ class QueuedConnection(WebSocket):
                 self.protocol.send_ping(b"")
                 self.send_data()
 
+    def serve_messages(self, handler: Callable[[str | bytes], None]) -> None:
+        """Call ``handler`` with each message in its order, until the connection is closed.
+
+        The receiver calls it, which saves a change of threads for every message,
+        and the caller's thread for what needs the library's help: a message in
+        fragments, one that is not UTF-8. While it runs nothing is received, pings
+        neither: it must not block.
+
+        Raises:
+            ConnectionClosed: if the connection ends otherwise than by a closing handshake.
+        """
+        self._handler = handler
+        try:
+            while True:
+                with self._direct_lock:
+                    self._direct = self.recv_messages.frames.empty()
+                handler(self.recv())
+        except ConnectionClosed as exc:
+            if self._handler_failure is not None:
+                raise self._handler_failure from None
+            if not isinstance(exc, ConnectionClosedOK):
+                raise
+
     def process_event(self, event: Any) -> None:
         self.last_received = time.monotonic()
-        super().process_event(event)
+        if not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:
+            super().process_event(event)
+        elif self._direct and (message := self._whole_message(event)) is not None:
+            assert self._handler is not None
+            try:
+                self._handler(message)
+            except Exception as exc:
+                self._handler_failure = exc
+                self.close_socket()
+        else:
+            with self._direct_lock:
+                self._direct = False
+                super().process_event(event)
+
+    @staticmethod
+    def _whole_message(frame: Frame) -> str | bytes | None:
+        """The message that a frame is; None if it is a part of one, or not UTF-8."""
+        if not frame.fin or frame.opcode is Opcode.CONT:
+            return None
+        if frame.opcode is Opcode.BINARY:
+            return cast(bytes, frame.data)
+        try:
+            return bytes(frame.data).decode()
+        except UnicodeDecodeError:
+            return None
 
     def close_socket(self) -> None:
         self.outbox.end()
@@ -7419,7 +7577,7 @@ class Peer:
         self._sessions: dict[str, Session] = {}
         self._ended_ids: dict[str, None] = {}  # the latest, oldest first
         self._calls: collections.deque[GetStats | ArchiveStat] = collections.deque()  # the first is being answered
-        self.started = 0  # sessions so far; this and _received are the connection thread's alone
+        self.started = 0  # sessions so far; this and _received are of the thread that dispatches
         self._received = 0  # bytes of stdin
         runtime.books.counters.count(CONNECTIONS_OPENED, str(self.version))
         self._health = Channel(connection.outbox, "health")  # changes of it; used by the checking thread alone
@@ -7430,8 +7588,7 @@ class Peer:
         log.info("connected", extra=self._extra)
         how, why = "closed", "closed by the peer"
         try:
-            for message in self._connection:
-                self._receive(message)
+            self._connection.serve_messages(self._receive)
         except ConnectionClosed as exc:
             how = "lost"
             why = f"lost: {exc}" if exc.__cause__ is None else f"lost: {exc} ({exc.__cause__})"
@@ -7575,7 +7732,7 @@ class Peer:
             tie = cast(FlowSession, session).tie
             with tie.lock:
                 if cast(FlowSession, session).host is self:
-                    session.write(bytes(data))
+                    session.write(data)
         elif not ended:
             self._refuse(session_id, f"no session has the id {session_id[:80]!r}", Reason.UNKNOWN_SESSION)
 

@@ -570,8 +570,12 @@ class AgentConn:
             connection = self._connection
         for flow in self._live_flows():
             self._say_farewell(flow)  # nobody will resume it
+        here = threading.current_thread()
+        if here is connection.recv_events_thread:  # in a callback: who receives cannot wait for the answer
+            _pool.submit(connection.close)
+            return
         connection.close()
-        if threading.current_thread() is not self._thread:  # as it is in a callback
+        if here is not self._thread:  # as it may be in a callback
             self._thread.join()
 
     def __enter__(self) -> Self:
@@ -1133,9 +1137,7 @@ class AgentConn:
         """Hand events to their sessions until the connection ends; says why it did."""
         why = "the connection was closed"
         try:
-            for message in self._connection:
-                self._pause = 0.0
-                self._dispatch(message)
+            self._connection.serve_messages(self._dispatch)
         except ConnectionClosed as exc:
             why = f"the connection to the agent was lost: {exc}"
             if exc.__cause__ is not None:
@@ -1149,6 +1151,7 @@ class AgentConn:
         return why
 
     def _dispatch(self, message: str | bytes) -> None:
+        self._pause = 0.0
         try:
             if isinstance(message, str):
                 event = decode_event(message, self.version)

@@ -594,6 +594,7 @@ def test_many_threads_at_once_keep_every_session_in_order(outbox):
 
 def test_the_outboxs_limits_fit_each_other():
     assert SEND_NOW_LIMIT < CHANNEL_MINIMUM <= CHANNEL_LIMIT <= OUTBOX_LIMIT
+    assert agent.SEND_NOW_BINARY_LIMIT <= FRAME_LIMIT
     assert agent.BATCH_SIZE <= FRAME_LIMIT
 
 
