@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -1121,17 +1122,18 @@ def test_who_swaps_directories_and_links_meanwhile_gets_nothing_out_of_it(place:
     archive.add("d/sub/x", b"x", uid=NOBODY, mode=0o666).add("d/f", b"y", uid=NOBODY).add("f", b"f" * 600, uid=NOBODY)
     archive.add("p", kind=tarfile.FIFOTYPE, mode=0o666, uid=NOBODY).link("s", "nowhere", uid=NOBODY).add("d/last", b"z")
     data = archive.bytes()
-    unpack(data, inside)
-    outcomes = {True: 0, False: 0}
+    unpack(data, inside)  # left alone, it succeeds
+    refused = rounds = 0
+    deadline = time.monotonic() + PATIENCE
     with exchanging(*pairs, user=NOBODY):
-        for _ in range(400):
+        while rounds < 400 or (not refused and time.monotonic() < deadline):
+            rounds += 1
             try:
                 unpack(data, inside, no_overwrite_dir_non_dir=strict)
-                outcomes[True] += 1
             except ArchiveError:
-                outcomes[False] += 1
+                refused += 1
             assert look(outside) == before
-    assert all(outcomes.values()), outcomes  # else the neighbour did nothing, or all was refused
+    assert refused  # else the neighbour did nothing
 
 
 def test_an_archive_may_be_given_up_at_any_moment(place: Path) -> None:
