@@ -327,7 +327,8 @@ def test_device_nodes_come_back(place: Path) -> None:
     assert look(place / "target/source") == look(place / "source")
 
 
-# Puts each of two names in the other's place, in one step (renameat2(2)), as often as it can.
+# Puts each of two names in the other's place, in one step (renameat2(2)), as often as it can. The second is a link;
+# where somebody has replaced that, there is soon another one.
 EXCHANGE = """
 import ctypes, os, sys
 user, *names = sys.argv[1:]
@@ -337,10 +338,19 @@ if int(user):
     os.setuid(int(user))
 renameat2 = ctypes.CDLL(None).renameat2
 names = [os.fsencode(name) for name in names]
+targets = {name: os.readlink(name) for name in names[1::2]}
 print("exchanging", flush=True)
+count = 0
 while True:
     for first, second in zip(names[::2], names[1::2]):
         renameat2(-100, first, -100, second, 2)  # AT_FDCWD, RENAME_EXCHANGE
+        if not os.path.islink(first) and not os.path.islink(second):
+            count += 1
+            try:
+                os.rename(second, second + b"-%d" % count)
+                os.symlink(targets[second], second)
+            except OSError:
+                pass
 """
 
 
