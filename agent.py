@@ -2699,6 +2699,7 @@ class Reaper:
                 self._spawning -= 1
                 status = self._claim(pid) if pid else None
                 if self._spawning == 0:
+                    self.orphans += len(self._unclaimed)
                     self._unclaimed.clear()
                 if pid:
                     child = Child(self, pid, command.cookie, on_exit)
@@ -2720,6 +2721,7 @@ class Reaper:
         except ChildProcessError:
             return status
         # The child is still to be reaped: the status was that of an orphan with the same PID.
+        self.orphans += 1
         return None
 
     @contextlib.contextmanager
@@ -8098,6 +8100,7 @@ class Doorway:
         self._by_address: dict[str, dict[int, Guest]] = {}
         self._limit = 0
         self._next_sweep = 0.0
+        self._crowded_out = 0  # guests dismissed for others since the log was told
 
     def start(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8153,6 +8156,7 @@ class Doorway:
             return
         sock.setblocking(False)
         if len(self._guests) >= self._limit:
+            self._crowded_out += 1
             crowd = max(self._by_address.values(), key=len)
             self._dismiss(next(iter(crowd.values())))
         self._watch(Guest(sock))
@@ -8180,6 +8184,11 @@ class Doorway:
         """Dismiss whose time is over."""
         now = time.monotonic()
         self._next_sweep = now + SWEEP_INTERVAL
+        if self._crowded_out:
+            log.warning(
+                "%d clients dismissed: %d are not let in yet, and more do not fit", self._crowded_out, self._limit
+            )
+            self._crowded_out = 0
         for guest in [guest for guest in self._guests.values() if guest.deadline <= now]:
             if not guest.refused:
                 log.debug(
@@ -8217,6 +8226,7 @@ class Doorway:
 
     def _refuse(self, guest: Guest, status: http.HTTPStatus, text: str) -> None:
         """Answer, and give the guest a moment to read it: a close with something unread is a reset, see tcp(7)."""
+        log.info("client refused: HTTP status %d: %s", status, text.strip(), extra={"peer": peer_name(guest.sock)})
         with contextlib.suppress(OSError):
             if guest.secure is not None and guest.secure.version() is not None:
                 guest.secure.send(plain_answer(status, text))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import ssl
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from support import DEADLINE, TOKEN, Agent, RawClient, eventually, need, need_root, run_agent
 from test_http import request
 from test_version_2 import Client
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect as websocket
 from websockets.sync.client import unix_connect
 
 from agent_client import AgentConn
@@ -287,9 +291,24 @@ def test_a_full_disk_holds_up_no_session_and_loses_nothing_that_can_wait(
     assert box.agent.log.count("audit log: cannot write") == 1
 
 
-def test_a_client_certificate_would_be_named() -> None:
-    """The hook for TLS: what is in Who is in every entry."""
-    from agent import Who
-
-    assert Who("1.2.3.4:5", "CN=alice").describe() == {"peer": "1.2.3.4:5", "subject": "CN=alice"}
-    assert Who("1.2.3.4:5").describe() == {"peer": "1.2.3.4:5"}
+def test_a_client_certificate_is_named(audited: Callable[..., Audited], tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    authority.issue_cert("alice@example.org", common_name="alice").private_key_and_cert_chain_pem.write_to_path(
+        str(tmp_path / "alice.pem")
+    )
+    box = audited("--tls-cert", str(tmp_path / "server.pem"), "--tls-client-ca", str(tmp_path / "ca.pem"))
+    tls = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    with pytest.raises(InvalidStatus), websocket(f"wss://{box.agent.address}/ws", ssl=tls, proxy=None):
+        pass
+    (refused,) = box.wait_for("refused")
+    assert (refused["reason"], refused.get("subject")) == ("certificate", None)
+    tls.load_cert_chain(tmp_path / "alice.pem")
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with websocket(f"wss://{box.agent.address}/ws", ssl=tls, additional_headers=headers, proxy=None) as ws:
+        ws.send(json.dumps({"type": "exec", "id": "a", "cmd": ["true"]}))
+        assert json.loads(ws.recv(DEADLINE))["type"] == "exit"
+        peer = "{}:{}".format(*ws.socket.getsockname())
+    (end,) = box.wait_for("end")
+    assert (end["peer"], end["subject"]) == (peer, "alice")

@@ -62,10 +62,10 @@ def ask(agent: Agent, head: str) -> str:
 @pytest.mark.parametrize(
     ("head", "why"),
     [
-        ("GET /ws?token=wr0ng HTTP/1.1\r\nHost: h\r\n\r\n", "client refused: missing or wrong token"),
-        ("GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n", "client refused: missing or wrong token"),
+        ("GET /ws?token=wr0ng HTTP/1.1\r\nHost: h\r\n\r\n", "client refused: missing or wrong bearer token"),
+        ("GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n", "client refused: missing or wrong bearer token"),
         ("GET /nothing?token=wr0ng HTTP/1.1\r\nHost: h\r\n\r\n", "GET /nothing: HTTP status 404"),
-        ("POST /ws HTTP/1.1\r\nHost: h\r\n\r\n", "HTTP status 405"),
+        ("POST /ws HTTP/1.1\r\nHost: h\r\n\r\n", "client refused: HTTP status 405"),
         (f"GET /ws?token={TOKEN} HTTP/1.1\r\nHost: h\r\n\r\n", "GET /ws: HTTP status 426"),
         ("nonsense\r\n\r\n", "client refused: HTTP status 400"),
     ],
@@ -83,7 +83,7 @@ def test_a_refused_client_is_named_and_told_why(logged: Callable[..., tuple[Agen
 def test_a_web_page_of_another_host_is_named(start_agent: Callable[..., Agent]) -> None:
     agent = start_agent("--log-format", "json", token="")
     assert request(agent, "GET", "/ws", {**UPGRADE, "Origin": "http://evil.example"})[0] == 403
-    line = Log(agent).wait_for("client refused: a web page of another host")
+    line = Log(agent).wait_for("client refused: web pages of another host may not connect")
     assert line["peer"].startswith("127.0.0.1:")
 
 
