@@ -8322,7 +8322,7 @@ class Guest:
 
     def refuse_nonsense(self, status: http.HTTPStatus, text: str) -> None:
         """Answer what is no request, and say so in the log."""
-        log.info("client refused: HTTP status %d", status, extra={"peer": who_is(self.socket).name})
+        log.info("client refused: HTTP status %d: %s", status, text.strip(), extra={"peer": who_is(self.socket).name})
         self.refuse(self.respond(status, text))
 
     def refuse(self, response: HTTPResponse, delay: float = 0.0) -> None:
@@ -8395,6 +8395,7 @@ class Doorway:
         self._by_address: dict[str, dict[int, Guest]] = {}
         self._limit = 0
         self._next_sweep = 0.0
+        self._crowded_out = 0  # guests dismissed for others since the log was told
 
     def start(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8450,6 +8451,7 @@ class Doorway:
             return
         sock.setblocking(False)
         if len(self._guests) >= self._limit:
+            self._crowded_out += 1
             crowd = max(self._by_address.values(), key=len)
             self._dismiss(next(iter(crowd.values())))
         self._watch(Guest(sock))
@@ -8478,6 +8480,11 @@ class Doorway:
         """Dismiss whose time is over."""
         now = time.monotonic()
         self._next_sweep = now + SWEEP_INTERVAL
+        if self._crowded_out:
+            log.warning(
+                "%d clients dismissed: %d are not let in yet, and more do not fit", self._crowded_out, self._limit
+            )
+            self._crowded_out = 0
         for guest in list(self._guests.values()):
             if guest.deadline <= now:
                 if not guest.answered:

@@ -65,7 +65,7 @@ def ask(agent: Agent, head: str) -> str:
         ("GET /ws?token=wr0ng HTTP/1.1\r\nHost: h\r\n\r\n", "client refused: missing or wrong bearer token"),
         ("GET /metrics HTTP/1.1\r\nHost: h\r\n\r\n", "client refused: missing or wrong bearer token"),
         ("GET /nothing?token=wr0ng HTTP/1.1\r\nHost: h\r\n\r\n", "GET /nothing: HTTP status 404"),
-        ("POST /ws HTTP/1.1\r\nHost: h\r\n\r\n", "HTTP status 405"),
+        ("POST /ws HTTP/1.1\r\nHost: h\r\n\r\n", "client refused: HTTP status 405"),
         (f"GET /ws?token={TOKEN} HTTP/1.1\r\nHost: h\r\n\r\n", "GET /ws: HTTP status 426"),
         ("nonsense\r\n\r\n", "client refused: HTTP status 400"),
     ],
