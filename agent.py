@@ -4933,7 +4933,6 @@ class DetachedCommand(LoggedProcess):
         except SpawnError as exc:
             self._tell(Error(self.id, str(exc), exc.reason))
             raise
-        self.started_at = time.time()
         self.record.start(self.pid)
         self._tell(Started(self.id, self.pid, ""))
 
