@@ -156,6 +156,7 @@ class Link:
         self._lock = threading.Lock()  # guards the attributes below
         self._cut = False
         self._swallowing = False
+        self._late = False
         self.passed = 0  # bytes
         for source, target, direction in ((client, agent, Direction.UP), (agent, client, Direction.DOWN)):
             threading.Thread(target=self._carry, args=(source, target, direction), daemon=True).start()
@@ -182,20 +183,28 @@ class Link:
                         if doom.place is not Place.BEHIND and size > 1:
                             stop = at + 1 + int(doom.depth * (size - 1))
                         self._pass(target, data[:stop])
-                        self.cut(doom.how, doom.place, direction, data[stop:])
-                        return
+                        self.cut(doom.how, doom.place, direction)
+                        if not self._late:
+                            return
+                        data = data[stop:]
+                        break
                     at += size
-                self._pass(target, data)
+                self._pass(target, data)  # whole, or what is late of it
             if not self._cut:
                 target.shutdown(socket.SHUT_WR)
+        if self._late and target is self._agent:
+            end(target, reset=False)
 
     def _pass(self, target: socket.socket, data: bytes) -> None:
-        if not self._swallowing:
-            target.sendall(data)
-            self.passed += len(data)
+        if self._late and target is self._agent:
+            self.proxy.wait_for_use(self._number + 1, LATE_TIME)
+        elif self._swallowing:
+            return
+        target.sendall(data)
+        self.passed += len(data)
 
-    def cut(self, how: How, place: Place, direction: Direction, rest: bytes = b"") -> None:
-        """End the connection. ``rest`` is what has come, and was not passed on."""
+    def cut(self, how: How, place: Place, direction: Direction) -> None:
+        """End the connection."""
         with self._lock:
             if self._cut:
                 return
@@ -209,10 +218,10 @@ class Link:
             self._swallowing = True
             self._later(HOLE_TIME)
         elif how is How.LATE:
-            self._swallowing = True
-            if direction is not Direction.UP:
-                rest = b""
-            self._cut_late(rest)
+            # The thread that carries to the agent goes on with what it has, and ends it: nobody
+            # else may write there, or the agent would see a stream with a gap in it.
+            self._late = self._swallowing = True
+            end(self._client)
         else:
             for sock, gentle in ((self._client, how in (How.FIN, How.RST_AGENT)),
                                  (self._agent, how in (How.FIN, How.RST_CLIENT))):  # fmt: skip
@@ -222,21 +231,6 @@ class Link:
         timer = threading.Timer(seconds, lambda: [end(sock) for sock in (self._client, self._agent)])
         timer.daemon = True
         timer.start()
-
-    def _cut_late(self, rest: bytes) -> None:
-        with contextlib.suppress(OSError):
-            self._client.setblocking(False)
-            while more := self._client.recv(65536):
-                rest += more
-        end(self._client)
-
-        def deliver() -> None:
-            self.proxy.wait_for_use(self._number + 1, LATE_TIME)
-            with contextlib.suppress(OSError):
-                self._agent.sendall(rest)
-            end(self._agent, reset=False)
-
-        threading.Thread(target=deliver, daemon=True).start()
 
 
 def end(sock: socket.socket, reset: bool = True) -> None:
