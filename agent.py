@@ -8374,6 +8374,7 @@ LISTEN_BACKLOG = 1024
 HANDSHAKE_TIMEOUT = 10.0  # seconds
 REFUSAL_LINGER = 1.0  # seconds
 GUESTS_LIMIT = 4096  # connections that are not let in yet; a quarter of the descriptors if that is less
+TLS_GUESTS_LIMIT = 1024  # the same with TLS, where each may cost 80 KiB
 STEPS_LIMIT = 64  # of them that have a thread
 HEAD_LIMIT = 64 << 10  # bytes of a request before it is complete
 SWEEP_INTERVAL = 0.1  # seconds between two looks for guests whose time is over, or whose answer is due
@@ -8623,7 +8624,7 @@ class Doorway:
 
     def start(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = max(min(GUESTS_LIMIT, soft // 4), 16)
+        self._limit = max(min(GUESTS_LIMIT if self._tls is None else TLS_GUESTS_LIMIT, soft // 4), 16)
         self.listener.setblocking(False)
         self._epoll.register(self.listener, select.EPOLLIN)
         self._epoll.register(self._wakeup, select.EPOLLIN)
