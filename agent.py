@@ -73,6 +73,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import queue
 import random
@@ -91,8 +92,9 @@ import threading
 import time
 import urllib.parse
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar, cast
 
 if __name__ == "__main__":
     # `docker diff` shows what changed since PID 1 started: leave no __pycache__.
@@ -178,6 +180,8 @@ class Reason(enum.StrEnum):
     NO_SUCH_PATH = "no_such_path"  # of an archive
     NOT_A_DIRECTORY = "not_a_directory"  # the path that an archive is to be put into
     ARCHIVE_FAILED = "archive_failed"
+    FORBIDDEN = "forbidden"  # by --allow-cmd, --no-exec or --read-only: it did not start
+    READ_ONLY = "read_only"  # stdin or a signal, with --read-only; the session goes on
     UNAVAILABLE = "unavailable"  # statistics in an image without psutil
 
 
@@ -1065,6 +1069,9 @@ class Config:
     audit_log: str = ""
     tokens: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     token_file: str = ""
+    allow_cmd: tuple[str, ...] = ()
+    no_exec: bool = False
+    read_only: bool = False
     health_cmd: str = ""
     health_interval: float = 30.0
     health_timeout: float = 30.0
@@ -1159,6 +1166,21 @@ def parse_callback(text: str) -> Callback:
     except ValueError:
         raise ValueError("not a valid URL") from None
     return Callback(url, text)
+
+
+def _parse_programs(text: str) -> tuple[str, ...]:
+    programs = tuple(part.strip() for part in text.split(",") if part.strip())
+    for program in programs:
+        # A bare name would be looked up in a PATH, and somebody may come to write there.
+        if not program.startswith("/") or program.endswith("/"):
+            raise ValueError(f"must be absolute paths of programs, not {program!r}")
+    if not programs:
+        raise ValueError("names no program")
+    names = [os.path.basename(program) for program in programs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two programs are called {name!r}")
+    return programs
 
 
 def _parse_boolean(text: str) -> bool:
@@ -1359,6 +1381,10 @@ OPTIONS = (
     Option("token-file", read_token_file, "PATH",
            "read the bearer tokens from PATH, one a line; SIGHUP reads them again; or set SOCKERLESS_AGENT_TOKEN",
            field="tokens"),
+    Option("allow-cmd", _parse_programs, "LIST",
+           "exec may start these programs only, such as /bin/df,/bin/ls; without env and user, and no files are put"),
+    Option("no-exec", _parse_boolean, "", "no commands and no files: attach, and questions about what runs"),
+    Option("read-only", _parse_boolean, "", "look only: no commands, no stdin or signals, no files are put"),
     Option("health-cmd", str, "COMMAND", "check health with this shell command, as Docker's HEALTHCHECK does"),
     Option("health-interval", _parse_positive_duration, "DURATION", "time between two checks (default: 30s)"),
     Option("health-timeout", _parse_positive_duration, "DURATION", "how long a check may take (default: 30s)"),
@@ -1617,11 +1643,14 @@ def rfc3339(when: float) -> str:
 class LogFormatter(logging.Formatter):
     """One line a record, as text or as JSON, with no secret in it."""
 
+    all: ClassVar[weakref.WeakSet[LogFormatter]] = weakref.WeakSet()  # for secrets that come later
+
     def __init__(self, style: str, hidden: Iterable[str]) -> None:
         super().__init__()
         self.as_json = style == "json"
         self.hidden: list[str] = []  # longest first; replaced as a whole
         self.add_secrets(hidden)
+        self.all.add(self)
 
     def add_secrets(self, hidden: Iterable[str]) -> None:
         """Let no line show these either."""
@@ -1776,12 +1805,9 @@ def secrets_of(config: Config) -> tuple[str, ...]:
 
 
 def hide_from_log(tokens: Iterable[str]) -> None:
-    """Let no line of the log show a token, as it is or as a URL has it."""
-    for handler in logging.getLogger("sockerless").handlers:
-        if isinstance(handler.formatter, LogFormatter):
-            handler.formatter.add_secrets(
-                spelling for token in tokens for spelling in (token, urllib.parse.quote(token, ""))
-            )
+    """Let no line of the log or the audit log show a token, as it is or as a URL has it."""
+    for formatter in list(LogFormatter.all):
+        formatter.add_secrets(spelling for token in tokens for spelling in (token, urllib.parse.quote(token, "")))
 
 
 def reload_tokens(tokens: Tokens) -> None:
@@ -2766,6 +2792,34 @@ def returncode_of(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+class Roll:
+    """The PIDs of this agent's living children, in memory that a watchdog shares: no system call to keep it.
+
+    Its owner's lock guards it. What does not fit is found by its mark alone.
+    """
+
+    SIZE = 16384
+
+    def __init__(self) -> None:
+        self._memory = memoryview(mmap.mmap(-1, 4 * self.SIZE)).cast("i")  # anonymous and shared, over a fork too
+        self._places: dict[int, int] = {}
+        self._free = list(range(self.SIZE - 1, -1, -1))
+
+    def add(self, pid: int) -> None:
+        if self._free:
+            self._places[pid] = self._free.pop()
+            self._memory[self._places[pid]] = pid
+
+    def remove(self, pid: int) -> None:
+        place = self._places.pop(pid, None)
+        if place is not None:
+            self._memory[place] = 0
+            self._free.append(place)
+
+    def read(self) -> list[int]:
+        return [pid for pid in self._memory if pid]
+
+
 class Reaper:
     """The one thread that waits for children, known and unknown alike.
 
@@ -2775,10 +2829,12 @@ class Reaper:
 
     Args:
         adopting: whether orphans are waited for; else the agent's own children alone.
+        roll: lists the living children for a watchdog.
     """
 
-    def __init__(self, adopting: bool = True) -> None:
+    def __init__(self, adopting: bool = True, roll: Roll | None = None) -> None:
         self._adopting = adopting
+        self._roll = roll  # guarded by _lock
         # Guards the attributes below. Held during waitpid(WNOHANG) and kill(2),
         # neither of which blocks, so that no PID is signalled after it was reaped.
         self._lock = threading.Lock()
@@ -2821,6 +2877,8 @@ class Reaper:
                     child = Child(self, pid, command.cookie, on_exit)
                     if status is None:
                         self._children[pid] = child
+                        if self._roll is not None:
+                            self._roll.add(pid)
         if status is not None:
             child._set_status(status)
         elif not self._adopting:
@@ -2866,6 +2924,8 @@ class Reaper:
                 if pid == 0:
                     continue
                 del self._children[pid]
+                if self._roll is not None:
+                    self._roll.remove(pid)
                 child.returncode = returncode_of(status)
             child._set_status(status)
 
@@ -2880,6 +2940,8 @@ class Reaper:
                     return
                 child = self._children.pop(pid, None)
                 if child is not None:
+                    if self._roll is not None:
+                        self._roll.remove(pid)
                     # Before the lock is let go: from here on nobody may signal the PID.
                     child.returncode = returncode_of(status)
                 elif self._spawning:
@@ -2949,7 +3011,15 @@ def _has_cookie(pid: int, cookies: Iterable[bytes]) -> bool:
     return any(cookie in environment for cookie in cookies)
 
 
-def find_processes(children: Sequence[Child] | None, known: Iterable[_ProcessInfo] = ()) -> set[_ProcessInfo]:
+class Marked(Protocol):
+    """What find_processes() looks for: the processes of a child."""
+
+    pid: int
+    cookie: bytes
+    returncode: int | None
+
+
+def find_processes(children: Sequence[Marked] | None, known: Iterable[_ProcessInfo] = ()) -> set[_ProcessInfo]:
     """Every living process that these children started, in /proc; None for all that this agent ever did.
 
     A process belongs to a child by its session, by an ancestor that belongs to
@@ -3034,7 +3104,7 @@ def signal_processes(children: Sequence[Child], number: int) -> None:
         _signal_process(process, number)
 
 
-def end_processes(children: Sequence[Child] | None, grace: float) -> None:
+def end_processes(children: Sequence[Marked] | None, grace: float) -> None:
     """End all that find_processes() finds: SIGHUP, and after ``grace`` seconds SIGKILL.
 
     Blocks until nothing is left. SIGCONT goes along, since a stopped process
@@ -3066,6 +3136,77 @@ def end_processes(children: Sequence[Child] | None, grace: float) -> None:
             return
         time.sleep(pause if found else 0.001)  # processes that are not our children announce no exit
         pause = min(pause * 1.5, 0.2)
+
+
+PR_SET_DUMPABLE = 4  # <linux/prctl.h>
+
+
+def hide_memory() -> None:
+    """Let no process of the same user read this one's memory and environment, and no core dump hold them.
+
+    See PR_SET_DUMPABLE(2const). Every execve(2) resets it, so that commands are as they ever were. Only root may open
+    what is private of /proc/self from now on, this process included.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+@dataclasses.dataclass
+class _Leftover:
+    """A child of an agent that is gone."""
+
+    pid: int
+    cookie: bytes = _agent_mark.encode()
+    returncode: int | None = None
+
+
+def start_watchdog(grace: float) -> Roll:
+    """Start a process that outlives this one, and then ends what its children left; call it before any thread exists.
+
+    PR_SET_PDEATHSIG would signal a child when the thread that started it ends, as a pool's threads do, and a grandchild
+    not at all. A pipe breaks however the agent ends. The watchdog is forked, not executed: an image may have no other
+    program, and memory stays shared until one of the two changes it. Its parent is init: nobody takes it for a command.
+
+    Args:
+        grace: seconds from SIGHUP to SIGKILL.
+
+    Raises:
+        OSError: if the system refuses a process or descriptors.
+    """
+    roll = Roll()
+    watched, alive = os.pipe2(os.O_CLOEXEC)
+    forked = os.fork()
+    if forked == 0:
+        try:
+            if os.fork() == 0:
+                _watch(watched, roll, grace)
+        finally:
+            os._exit(0)
+    os.close(watched)
+    os.waitpid(forked, 0)
+    os.set_inheritable(alive, False)  # and never closed: it breaks with this process
+    return roll
+
+
+def _watch(watched: int, roll: Roll, grace: float) -> NoReturn:
+    """The watchdog. Holds nothing of the agent's but one end of the pipe, so that who waits for its end sees that."""
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    os.dup2(watched, 3)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    os.close(null)
+    os.chdir("/")
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"agent-watchdog", 0, 0, 0)
+    logging.disable()
+    os.read(3, 1)
+    children = [_Leftover(pid) for pid in roll.read()]
+    end_processes(children or None, grace)
+    os._exit(0)
+
+
+PR_SET_NAME = 15  # <linux/prctl.h>
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -4892,7 +5033,8 @@ class MainProcess(LoggedProcess):
         if not self._pid_file:
             return
         try:
-            fd = os.open(self._pid_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # A FIFO that somebody has put there would hold us without O_NONBLOCK.
+            fd = os.open(self._pid_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 ours = os.read(fd, 32) == str(self.pid).encode()
             finally:
@@ -7551,6 +7693,63 @@ def describe_request(request: Request) -> str:
     return ", ".join([name, *(f"{fact} {value!r}" for fact, value in facts.items())])
 
 
+class Forbidden(AgentError):
+    """What --allow-cmd, --no-exec or --read-only forbid."""
+
+    def __init__(self, message: str, reason: Reason = Reason.FORBIDDEN) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Policy:
+    """What clients may do, beside being let in. The one place that knows; see docs/security.md for what it is worth."""
+
+    def __init__(self, config: Config) -> None:
+        self._programs = {os.path.basename(program): program for program in config.allow_cmd}
+        self._no_exec = config.no_exec
+        self._read_only = config.read_only
+
+    def check_opening(self, request: Opening) -> Opening:
+        """The request as it may be done.
+
+        Raises:
+            Forbidden: if it may not.
+        """
+        if isinstance(request, Attach):
+            return request
+        if self._no_exec:
+            raise Forbidden("the agent runs with --no-exec: clients may only attach")
+        if self._read_only and not isinstance(request, ArchiveGet):
+            raise Forbidden("the agent runs with --read-only: clients may only look")
+        if not self._programs or isinstance(request, ArchiveGet):
+            return request
+        if isinstance(request, ArchivePut):  # a file can be a program, or what one loads
+            raise Forbidden("the agent runs with --allow-cmd: no files may be put")
+        if request.env or request.user:  # PATH, LD_PRELOAD and many another variable decide on what is run
+            raise Forbidden("the agent runs with --allow-cmd: no variables and no user may be set")
+        name = request.cmd[0]
+        program = self._programs.get(os.path.basename(name), "")
+        if not program or name not in (program, os.path.basename(program)):
+            raise Forbidden(f"the agent runs with --allow-cmd, and that does not name {name[:200]!r}")
+        return dataclasses.replace(request, cmd=(program, *request.cmd[1:]))
+
+    def check(self, request: ToSession | Call) -> None:
+        """Check what is sent to a session, or asked.
+
+        Raises:
+            Forbidden: if it may not be.
+        """
+        if self._read_only and isinstance(request, Stdin | Signal):
+            raise Forbidden("the agent runs with --read-only: no stdin and no signals", Reason.READ_ONLY)
+        if self._no_exec and isinstance(request, ArchiveStat):
+            raise Forbidden("the agent runs with --no-exec: no questions about files")
+
+    @property
+    def takes_input(self) -> bool:
+        """Whether anything that clients send may change what a process sees."""
+        return not self._read_only
+
+
 class Peer:
     """One connected client: decodes and dispatches what it sends, owns its sessions.
 
@@ -7566,6 +7765,7 @@ class Peer:
     ) -> None:
         self.who = connection.who
         self._extra = {"peer": self.who.name}  # for the log
+        self._policy = Policy(runtime.config)
         self._debugging = log.isEnabledFor(logging.DEBUG)
         self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
         self._runtime = runtime
@@ -7689,9 +7889,13 @@ class Peer:
         if self._debugging and not isinstance(request, Ack):
             log.debug("request: %s", describe_request(request), extra={**self._extra, "session": request.id})
         if isinstance(request, Exec | Attach | ArchiveGet | ArchivePut):
-            if not self._go_on(request):
-                self._start(request)
+            self._open_if_allowed(request)
         elif isinstance(request, Call):
+            try:
+                self._policy.check(request)
+            except Forbidden as exc:
+                self._refuse(request.id, str(exc), exc.reason)
+                return
             self._answer(request)
         elif isinstance(request, Resume):
             self._resume(request)
@@ -7708,6 +7912,18 @@ class Peer:
                 self._registry.end(request)
             elif not ended:  # what is late for an ended session is harmless
                 self._refuse(request.id, f"no session has the id {request.id[:80]!r}", Reason.UNKNOWN_SESSION)
+
+    def _open_if_allowed(self, request: Opening) -> None:
+        try:
+            allowed = self._policy.check_opening(request)
+        except Forbidden as exc:
+            with self._lock:
+                if request.id not in self._sessions:
+                    self._remember(request.id)  # stdin may be behind it
+            self._refuse_opening(request, str(exc), exc.reason)
+            return
+        if not self._go_on(allowed):
+            self._start(allowed)
 
     def _receive_data(self, message: bytes) -> None:
         if self.version == 1:
@@ -7726,7 +7942,9 @@ class Peer:
         with self._lock:
             session = self._sessions.get(session_id)
             ended = session_id in self._ended_ids
-        if session is not None:
+        if session is not None and not self._policy.takes_input:
+            self._refuse(session_id, "the agent runs with --read-only: no stdin and no signals", Reason.READ_ONLY)
+        elif session is not None:
             self._received += len(data)
             tie = cast(FlowSession, session).tie
             with tie.lock:
@@ -7848,6 +8066,13 @@ class Peer:
 
     def _pass_on(self, request: ToSession, session: Session) -> None:
         """Forward a message to a session, and say what is wrong with it."""
+        try:
+            self._policy.check(request)
+        except Forbidden as exc:
+            self._refuse(request.id, str(exc), exc.reason)
+            return
+        if isinstance(request, CloseStdin | Resize) and not self._policy.takes_input:
+            return  # every client sends them, without being asked to
         fault = self._forward(request, session) if self.version == 1 else self._forward_once(request, session)
         if fault:
             self._refuse(request.id, fault, Reason.BAD_MESSAGE)
@@ -8149,6 +8374,7 @@ LISTEN_BACKLOG = 1024
 HANDSHAKE_TIMEOUT = 10.0  # seconds
 REFUSAL_LINGER = 1.0  # seconds
 GUESTS_LIMIT = 4096  # connections that are not let in yet; a quarter of the descriptors if that is less
+TLS_GUESTS_LIMIT = 1024  # the same with TLS, where each may cost 80 KiB
 STEPS_LIMIT = 64  # of them that have a thread
 HEAD_LIMIT = 64 << 10  # bytes of a request before it is complete
 SWEEP_INTERVAL = 0.1  # seconds between two looks for guests whose time is over, or whose answer is due
@@ -8398,7 +8624,7 @@ class Doorway:
 
     def start(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = max(min(GUESTS_LIMIT, soft // 4), 16)
+        self._limit = max(min(GUESTS_LIMIT if self._tls is None else TLS_GUESTS_LIMIT, soft // 4), 16)
         self.listener.setblocking(False)
         self._epoll.register(self.listener, select.EPOLLIN)
         self._epoll.register(self._wakeup, select.EPOLLIN)
@@ -9027,10 +9253,10 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 class Agent:
     """The agent as a whole: starts its parts, waits, and takes them down in order."""
 
-    def __init__(self, config: Config, books: Books | None = None) -> None:
+    def __init__(self, config: Config, books: Books | None = None, roll: Roll | None = None) -> None:
         self._config = config
         self._stop_signals = (signal.SIGTERM, config.stop_signal)
-        self._runtime = Runtime(config, ThreadPool(), Reaper(config.init != "off"), TerminalPump(),
+        self._runtime = Runtime(config, ThreadPool(), Reaper(config.init != "off", roll), TerminalPump(),
                                 books=books or Books())  # fmt: skip
         self._main = MainProcess(self._runtime) if config.keep_alive else None
         self._health = HealthChecker(self._runtime, self._push_health) if config.health_cmd else None
@@ -9310,13 +9536,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     threading.excepthook = log_thread_failure
     forget_coerced_locale()
     hide_secrets([*config.tokens, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
+    hide_memory()
+    roll = None
+    if os.getpid() != 1:  # the kernel ends everything with a PID 1
+        try:
+            roll = start_watchdog(config.kill_timeout)
+        except OSError as exc:
+            log.warning("no watchdog: if the agent is killed, its commands live on: %s", exc.strerror)
     try:
         books = open_books(config, handler)
     except OSError as exc:
         print(f"sockerless-agent: flag --audit-log: cannot open {config.audit_log!r}: {exc.strerror}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     try:
-        code = Agent(config, books).run()
+        code = Agent(config, books, roll).run()
     except Exception:
         log.exception("unexpected error")
         code = EXIT_FAILURE

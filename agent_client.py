@@ -222,7 +222,15 @@ def _session_error(event: Error) -> SessionError:
 
 
 # After these the session that they name goes on, or its exit follows.
-_NOT_FATAL = frozenset({Reason.BAD_MESSAGE, Reason.UNKNOWN_SESSION, Reason.DUPLICATE_SESSION, Reason.STDIN_OVERFLOW})
+_NOT_FATAL = frozenset(
+    {
+        Reason.BAD_MESSAGE,
+        Reason.UNKNOWN_SESSION,
+        Reason.DUPLICATE_SESSION,
+        Reason.STDIN_OVERFLOW,
+        Reason.READ_ONLY,
+    }
+)
 
 
 # ══════════════════════════════════════════════════════════════════════════════

@@ -130,6 +130,7 @@ class Agent:
         env: variables to add to the environment.
         token: "" for an agent without one.
         prefix: a command that runs the agent as its only child, such as unshare.
+        execs: whether ``prefix`` becomes the agent instead, as setpriv does.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Agent:
         token: str = TOKEN,
         prefix: Sequence[str] = (),
         program: Path = AGENT,
+        execs: bool = False,
     ) -> None:
         self.token = token
         self.pid_file = directory / "main.pid"
@@ -147,7 +149,7 @@ class Agent:
         self._output: list[bytes] = []
         self._changed = threading.Condition()  # guards _log, _output and _log_ended
         self._log_ended = False
-        self._forked = bool(prefix)
+        self._forked = bool(prefix) and not execs
         command = [*prefix, sys.executable, str(program), "--addr", "127.0.0.1:0", "--pid-file", str(self.pid_file)]
         self.process = subprocess.Popen(
             [*command, *flags],
