@@ -597,12 +597,25 @@ class _Fields:
             raise self.error(f"field 'id' has {length} characters, and {ID_LIMIT} is the limit")
         return self.id
 
+    def new_session_id(self) -> str:
+        """The id of a session that is to be this connection's."""
+        session_id = self.session_id()
+        if self.version > 1 and (size := len(session_id.encode())) > ID_LIMIT_2:
+            raise self.error(f"field 'id' has {size} bytes, and {ID_LIMIT_2} is the limit")
+        return session_id
+
     def number(self) -> int:
         return self.count("number") if self.version > 1 else 0
 
+    def any_secret(self) -> str:
+        value = self.text("secret")
+        if not _is_unicode(value):
+            raise self.error("field 'secret' is not valid Unicode")
+        return value
+
     def secret(self) -> str:
         """A secret that the client has chosen, "" for none."""
-        value = self.text("secret") if self.version > 1 else ""
+        value = self.any_secret() if self.version > 1 else ""
         if value and not _SECRET_MINIMUM <= len(value) <= ID_LIMIT:
             raise self.error(f"field 'secret' must have from {_SECRET_MINIMUM} to {ID_LIMIT} characters")
         return value
@@ -646,7 +659,7 @@ def _load(text: str, version: int) -> _Fields:
 
 
 def _decode_exec(fields: _Fields) -> Exec:
-    session_id = fields.session_id()
+    session_id = fields.new_session_id()
     cmd = tuple(fields.system_text("cmd", item) for item in fields.strings("cmd"))
     env = tuple(fields.system_text("env", item) for item in fields.strings("env"))
     if not cmd or not cmd[0]:
@@ -679,7 +692,7 @@ def _decode_exec(fields: _Fields) -> Exec:
 
 
 def _decode_attach(fields: _Fields) -> Attach:
-    session_id = fields.session_id()
+    session_id = fields.new_session_id()
     if fields.version == 1:
         return Attach(session_id)
     return Attach(
@@ -712,9 +725,9 @@ def _decode_resize(fields: _Fields) -> Resize:
 
 
 def _decode_resume(fields: _Fields) -> Resume:
-    session_id, offset = fields.session_id(), fields.count("offset")
+    session_id, offset = fields.new_session_id(), fields.count("offset")
     acked = offset if fields.fields.get("acked") is None else fields.count("acked")
-    return Resume(session_id, fields.text("secret"), offset, fields.count("window"), acked, fields.count("connection"))
+    return Resume(session_id, fields.any_secret(), offset, fields.count("window"), acked, fields.count("connection"))
 
 
 _REQUESTS: dict[str, Callable[[_Fields], Request]] = {
@@ -736,14 +749,14 @@ _REQUESTS_2: dict[str, Callable[[_Fields], Request]] = {
     "stats": lambda fields: GetStats(fields.id, fields.boolean("processes")),
     "health": lambda fields: GetHealth(fields.id),
     "archive_get": lambda fields: ArchiveGet(
-        fields.session_id(),
+        fields.new_session_id(),
         fields.path(),
         fields.count("window"),
         secret=fields.secret(),
         connection=fields.count("connection"),
     ),
     "archive_put": lambda fields: ArchivePut(
-        fields.session_id(),
+        fields.new_session_id(),
         fields.path(),
         fields.count("window"),
         fields.boolean("no_overwrite_dir_non_dir"),
@@ -935,6 +948,7 @@ def make_frame(opcode: int, payload: Sequence[BytesLike], masked: bool) -> list[
 
 
 ID_LIMIT = 4096  # characters in a session id
+ID_LIMIT_2 = 255  # bytes in one of version 2: its data frames hold no more
 _REALTIME = re.compile(r"SIGRT(MIN|MAX)([+-]\d{1,2})?")
 
 

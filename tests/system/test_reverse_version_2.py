@@ -76,6 +76,17 @@ def send(connection: ClientConnection, kind: str, **fields: object) -> None:
     connection.send(json.dumps({"type": kind, **fields}))
 
 
+def another(setting: Setting) -> ClientConnection:
+    """One more client of that kind."""
+    return connect(
+        setting.url,
+        subprotocols=[SUBPROTOCOL],
+        additional_headers={"Authorization": f"Bearer {TOKEN}"},
+        compression=None,
+        proxy=None,
+    )
+
+
 def test_an_agent_that_dials_in_speaks_version_2(setting: Setting) -> None:
     assert setting.conn.version == 2
     assert setting.conn.run(["id", "-u"], capture_output=True, text=True).stdout.strip() == "0"
@@ -248,6 +259,17 @@ def test_a_session_is_no_other_clients_without_its_secret(setting: Setting, raw:
         while not (isinstance(message := receive(other), dict) and message["type"] == "exit"):
             pass
         assert message["code"] == 0
+
+
+def test_an_id_that_no_data_frame_can_hold_is_refused_and_all_goes_on(setting: Setting, raw: ClientConnection) -> None:
+    with another(setting) as other:
+        for connection in (other, raw):
+            for kind in ("exec", "resume"):
+                send(connection, kind, id="x" * 256, cmd=["true"], secret="a" * 16, offset=0)
+                error = receive(connection)
+                assert isinstance(error, dict)
+                assert (error["id"], error["reason"]) == ("x" * 256, "bad_message")
+    assert not setting.conn._routes
 
 
 def test_questions_keep_the_ids_that_their_askers_gave(setting: Setting, raw: ClientConnection) -> None:

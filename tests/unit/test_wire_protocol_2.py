@@ -174,3 +174,21 @@ def test_an_answer_that_is_no_object_is_refused(kind, field, value):
 def test_a_list_of_sessions_holds_objects_alone(value):
     with pytest.raises(MessageError, match="'sessions'"):
         decode_event(json.dumps({"type": "sessions", "sessions": value}), 2)
+
+
+@pytest.mark.parametrize("kind", ["exec", "attach", "resume", "archive_get", "archive_put"])
+def test_an_id_that_no_data_frame_can_hold_is_refused(kind):
+    fields = {"type": kind, "cmd": ["true"], "path": "/", "secret": "x" * 16, "offset": 0}
+    assert decode_request(json.dumps({**fields, "id": "\xe9" * 127}), 2).id == "\xe9" * 127
+    with pytest.raises(MessageError, match="'id' has 256 bytes, and 255 is the limit") as caught:
+        decode_request(json.dumps({**fields, "id": "\xe9" * 128}), 2)
+    assert caught.value.id == "\xe9" * 128
+    if kind in ("exec", "attach"):
+        assert decode_request(json.dumps({**fields, "id": "\xe9" * 128}), 1).id == "\xe9" * 128
+
+
+@pytest.mark.parametrize("kind", ["exec", "attach", "resume", "end", "archive_get", "archive_put"])
+def test_a_secret_that_is_not_unicode_is_refused(kind):
+    fields = {"type": kind, "id": "s", "cmd": ["true"], "path": "/", "secret": "\ud800" * 16, "offset": 0}
+    with pytest.raises(MessageError, match="'secret' is not valid Unicode"):
+        decode_request(json.dumps(fields), 2)
