@@ -7917,6 +7917,9 @@ class Peer:
             with self._lock:
                 session = self._sessions.get(request.id)
                 ended = request.id in self._ended_ids
+            if isinstance(request, End) and request.secret and session is not None:
+                # Of an earlier session of this id, if the secret is another one.
+                session = session if cast(FlowSession, session).tie.secret == request.secret else None
             if isinstance(request, Park):
                 if session is not None:
                     self._park(session)

@@ -2682,7 +2682,8 @@ class _PassThrough(_ClientServer):
     def _forward(self, request: ToSession | Park) -> None:
         """Pass on what is said to a session. Holds the lock."""
         assert self._link is not None
-        if isinstance(request, End) and request.secret and request.id not in self._sessions:
+        session = self._sessions.get(request.id)
+        if isinstance(request, End) and request.secret and (session is None or session.secret != request.secret):
             self._link.outbox.send(request)  # it is parked, if it is there
             return
         session = self._find(request.id)

@@ -87,6 +87,25 @@ def another(setting: Setting) -> ClientConnection:
     )
 
 
+def ask_and_wait(connection: ClientConnection) -> None:
+    """Ask the agent something: once it answers, it has had what was sent before."""
+    send(connection, "sessions", id="question")
+    message: dict[str, Any] | bytes = {}
+    while not (isinstance(message, dict) and message.get("type") == "sessions"):
+        message = receive(connection)
+
+
+def finish(connection: ClientConnection) -> tuple[bytes, int]:
+    """The output of the session "mine" from here on, and its exit code."""
+    output = b""
+    while True:
+        message = receive(connection)
+        if isinstance(message, bytes):
+            output += message[len(b"..mine") :]
+        elif message["type"] == "exit":
+            return output, message["code"]
+
+
 def test_an_agent_that_dials_in_speaks_version_2(setting: Setting) -> None:
     assert setting.conn.version == 2
     assert setting.conn.run(["id", "-u"], capture_output=True, text=True).stdout.strip() == "0"
@@ -259,6 +278,18 @@ def test_a_session_is_no_other_clients_without_its_secret(setting: Setting, raw:
         while not (isinstance(message := receive(other), dict) and message["type"] == "exit"):
             pass
         assert message["code"] == 0
+
+
+def test_a_secret_ends_no_other_clients_session_of_the_same_id(setting: Setting, raw: ClientConnection) -> None:
+    send(raw, "exec", id="mine", cmd=["cat"], secret="a" * 16)
+    assert receive(raw)["type"] == "started"
+    with another(setting) as other:
+        for connection in (other, raw):
+            send(connection, "end", id="mine", secret="b" * 16)
+            ask_and_wait(connection)  # the agent has had the end
+    raw.send(bytes((0, 4)) + b"mine" + b"hello")
+    send(raw, "close_stdin", id="mine")
+    assert finish(raw) == (b"hello", 0)
 
 
 def test_an_id_that_no_data_frame_can_hold_is_refused_and_all_goes_on(setting: Setting, raw: ClientConnection) -> None:

@@ -576,6 +576,17 @@ def test_a_secret_ends_a_session_from_any_connection(dial: Dial) -> None:
     assert "mine" not in {entry["id"] for entry in second.lists[0]}
 
 
+def test_the_end_of_an_earlier_session_leaves_the_one_that_has_its_id_now(dial: Dial) -> None:
+    client = dial()
+    session = client.exec(["cat"], secret=SECRET + "7")
+    client.until(lambda: session.started)
+    client.send("end", id="s", secret=SECRET + "6")
+    client.write(session, b"still here")
+    client.send("close_stdin", id="s")
+    assert client.wait(session) == 0
+    assert session.stdout == b"still here"
+
+
 def test_the_window_of_a_resumed_session_counts_from_what_was_read(dial: Dial) -> None:
     client = dial(acking=False)
     session = client.exec(["yes"], window=100_000)
