@@ -2526,6 +2526,7 @@ class _Passed:
         self.to_agent = Channel(link.outbox, request.id, binary=True)  # its stdin
         self.to_client = Channel(client.outbox, request.id, binary=True)
         self.secret = request.secret  # "" where the agent chooses it, and has not said it yet
+        self.connection = request.connection  # the client's count
         self.detaching = isinstance(request, Exec) and request.detach
         self.exit_follows = isinstance(request, Exec | Resume)  # when it is told to end; for a Resume perhaps
         self.ended = False  # it has had its exit or error
@@ -2608,19 +2609,28 @@ class _PassThrough(_ClientServer):
         """The agent has parked the sessions: the client has to dial again, and resume them."""
         with self._lock:
             self._cut = True
+            for session_id in self._sessions:  # what has got its route since all were forgotten
+                self._conn.release_route(session_id, self)
             self._sessions.clear()
         _pool.submit(self._client.close, CloseCode.GOING_AWAY, "the agent's connection is lost")
 
     # Called by another client's thread.
 
     def yields(self, request: Opening | Resume) -> bool:
-        """Give a session up to who shows its secret."""
+        """Give a session up to who shows its secret.
+
+        Raises:
+            SessionError: if the request is late: the agent would refuse it, too, and nobody had the session then.
+        """
         with self._lock:
             session = self._sessions.get(request.id)
             if session is None:
                 return True
             if not session.secret or not hmac.compare_digest(session.secret.encode(), request.secret.encode()):
                 return False
+            if request.connection and request.connection <= session.connection:
+                text = "a later connection has the session"
+                raise SessionError(text, Reason.DUPLICATE_SESSION, request.id)
             self._give_up(request.id, session)
             return True
 

@@ -72,7 +72,7 @@ def receive(connection: ClientConnection) -> dict[str, Any] | bytes:
     return json.loads(message) if isinstance(message, str) else message
 
 
-def send(connection: ClientConnection, kind: str, **fields: object) -> None:
+def send(connection: ClientConnection, kind: str, /, **fields: object) -> None:
     connection.send(json.dumps({"type": kind, **fields}))
 
 
@@ -300,6 +300,33 @@ def test_an_id_that_no_data_frame_can_hold_is_refused_and_all_goes_on(setting: S
                 error = receive(connection)
                 assert isinstance(error, dict)
                 assert (error["id"], error["reason"]) == ("x" * 256, "bad_message")
+    assert not setting.conn._routes
+
+
+@pytest.mark.parametrize("kind", ["exec", "resume"])
+def test_what_comes_late_on_an_earlier_connection_takes_nothing_over(
+    setting: Setting, raw: ClientConnection, kind: str
+) -> None:
+    send(raw, "exec", id="mine", cmd=["cat"], secret="a" * 16, connection=2)
+    while receive(raw)["type"] != "started":
+        pass
+    with another(setting) as late:
+        send(late, kind, id="mine", cmd=["cat"], secret="a" * 16, offset=0, connection=1)
+        error = receive(late)
+        assert (error["type"], error["id"], error["reason"]) == ("error", "mine", "duplicate_session")
+    raw.send(bytes((0, 4)) + b"mine" + b"hello")
+    send(raw, "close_stdin", id="mine")
+    assert finish(raw) == (b"hello", 0)
+
+
+def test_a_session_that_is_asked_for_as_the_link_is_lost_leaves_no_route(
+    setting: Setting, raw: ClientConnection
+) -> None:
+    send(raw, "exec", id="mine", cmd=["cat"])
+    receive(raw)
+    (client,) = setting.conn._clients
+    # The route that the client's thread makes once the others are forgotten, and before the client is told.
+    client.link_lost()
     assert not setting.conn._routes
 
 
