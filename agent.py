@@ -7529,14 +7529,14 @@ class SessionRegistry:
             if peer.version == 2:
                 peer.push_health(message)
 
-    def park(self, session: FlowSession, channel: Channel, window: float, end: Callable[[Child], None]) -> None:
-        """A session's connection has ended: keep it for ``window`` seconds, unless another connection has it already.
+    def park(self, session: FlowSession, peer: Peer, window: float, end: Callable[[Child], None]) -> None:
+        """``peer`` has left a session: keep it for ``window`` seconds, unless another connection has it already.
 
         Raises:
             RuntimeError: if the system refuses the thread that ends it.
         """
         with self._lock:
-            if session.channel is not channel or session.tie.secret not in self._resumable:
+            if session.host is not peer or session.tie.secret not in self._resumable:
                 return
             ending = session.tie.ending
             if ending:  # its client is done with it
@@ -7544,20 +7544,20 @@ class SessionRegistry:
                 self._remember(session.tie.secret)
                 self._count -= 1
             else:
-                self._park(session, channel, window, end)
+                self._park(session, window, end)
         child = session.leave() if ending else None
         if child is not None:
             end(child)
         if not ending:
             session.record.park(window)
 
-    def _park(self, session: FlowSession, channel: Channel, window: float, end: Callable[[Child], None]) -> None:
+    def _park(self, session: FlowSession, window: float, end: Callable[[Child], None]) -> None:
         """Holds the lock."""
         if not self._parking_started:
             threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
             self._parking_started = True
         session.host = self
-        session.tie.flow.disconnect(channel)
+        session.tie.flow.disconnect(session.channel)
         self._parked[session] = time.monotonic() + window
         self._parking.notify()
 
@@ -8026,7 +8026,7 @@ class Peer:
         window = self._runtime.config.resume_window
         if window:
             self.drop(session)
-            self._registry.park(resumable, resumable.channel, window, self._end_child)
+            self._registry.park(resumable, self, window, self._end_child)
         else:
             session.end()
 
@@ -8220,7 +8220,7 @@ class Peer:
         if self.version == 2 and window and not self._registry.refusal:
             for session in sessions:
                 resumable = cast(FlowSession, session)
-                self._registry.park(resumable, resumable.channel, window, self._end_child)
+                self._registry.park(resumable, self, window, self._end_child)
             return len(sessions)
         for session in sessions:
             session.record.because(Cause.CONNECTION)

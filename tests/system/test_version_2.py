@@ -479,6 +479,32 @@ def test_a_live_connection_can_be_taken_over(dial: Dial) -> None:
     assert first.wait(first.exec(["true"])) == 0
 
 
+def test_what_is_resumed_while_the_old_connections_loss_is_noticed_goes_on(
+    start_agent: Callable[..., Agent], dial: Dial
+) -> None:
+    agent = start_agent("--max-sessions", "400", "--keep-alive", "--", "cat")
+    client = dial(agent)
+    ids = [f"a{number}" for number in range(300)]
+    for id in ids:
+        client.sessions[id] = Session(id)
+        client.send("attach", id=id)
+    client.until(lambda: all(session.started for session in client.sessions.values()))
+    for number in range(0, 50, 10):
+        another = dial(agent)
+        for id in reversed(ids[-number - 1 :]):  # against the order in which the agent lets go of them
+            another.resume(client.sessions[id])
+        client.cut()
+        for id in reversed(ids[: -number - 1]):
+            another.resume(client.sessions[id])
+        another.until(lambda another=another: all(another.sessions[id].resumed for id in ids))
+        before = another.sessions[ids[0]].received
+        another.write(another.sessions[ids[0]], b"x" * 10)
+        another.until(lambda another=another, before=before: all(
+            another.sessions[id].received == before + 10 for id in ids
+        ))  # fmt: skip
+        client = another
+
+
 def test_only_the_secret_resumes(dial: Dial) -> None:
     client = dial()
     session = client.exec(["cat"])
