@@ -4119,8 +4119,10 @@ class Flow:
     def send(self, message: Ack) -> None:
         """Send a message at once; it is not kept."""
         with self._lock:
-            if self._channel is not None:
-                self._channel.send(message)
+            channel = self._channel
+            if channel is not None:
+                channel.queue(None, encode(message))
+        self._send(channel)
 
     def finish(self, message: Exit | Error) -> None:
         """Send the exit, or an error instead, behind all output, and keep it: the session's last word."""

@@ -20,12 +20,16 @@ from agent import (
     PACED_BURST,
     PACED_RATE,
     SEND_NOW_LIMIT,
+    Ack,
     Channel,
     Error,
     Exit,
+    Flow,
     LifetimeExpired,
     Outbox,
     Output,
+    Resumed,
+    Started,
     Stream,
     decode_event,
 )
@@ -699,3 +703,24 @@ def test_an_outbox_that_is_not_paced_makes_nobody_wait(outbox):
     sock = Socket(outbox, room=1 << 20)
     small_writes(Channel(outbox, "s"), 200)
     assert len(events_of(sock.sent)) == 200
+
+
+def test_a_flow_sends_without_its_lock():
+    """Whoever sends may be told of other sessions' ends, and so take the registry's lock, which comes first."""
+    outbox = Outbox(masked=False)
+    flow = Flow(1 << 20)
+    seen = []
+
+    def send_now(batch):
+        seen.append((len(batch), flow._lock.locked()))
+        return []
+
+    outbox.allow_sending_now(send_now)
+    flow.connect(Channel(outbox, "s", binary=True))
+    flow.begin(Started("s", 1, "secret"))
+    flow.put(OUT, b"data")
+    flow.send(Ack("s", 1))
+    flow.resume(Channel(outbox, "s", binary=True), Resumed("s", 0, 1), 0, 1 << 20)
+    flow.finish(Exit("s", 0))
+    assert len(seen) == 5
+    assert not any(locked for _, locked in seen)
