@@ -1054,6 +1054,8 @@ class AgentConn:
         while self._make_again():
             why = self._receive_until_lost()
             self._link_lost()
+        with self._lock:
+            self._over = True  # before what has arrived is turned away: nothing arrives later
         self._before_loss()
         with self._lock:
             self._lost = ConnectionLost(why)

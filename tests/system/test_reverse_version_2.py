@@ -17,7 +17,7 @@ from test_resume import Proxy
 from websockets.sync.client import ClientConnection, connect
 
 from agent import SUBPROTOCOL
-from agent_client import AgentConn, ClientError, ConnectionLost, ReverseListener, SessionError
+from agent_client import AgentConn, ClientError, ConnectionLost, ReverseAgentConn, ReverseListener, SessionError
 
 MAIN = 'echo ready; while read -r line; do echo "got $line"; done; exit 9'
 COUNT = "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done; exit 7"
@@ -424,3 +424,23 @@ def test_an_agent_that_does_not_come_back_ends_what_it_had(setting: Setting) -> 
     eventually(lambda: len(setting.listener) == 0, "the agent has left")
     with pytest.raises(ClientError, match="no such agent"):
         setting.dial()
+
+
+def test_an_agent_that_dials_again_as_it_is_given_up_is_not_kept_waiting(setting: Setting) -> None:
+    conn = setting.conn
+    conn._patience = 0.5
+    forget, adopted = conn._on_closed, []
+    assert forget is not None
+
+    def dial_again(conn: ReverseAgentConn) -> None:
+        adopted.append(conn.adopt(conn._connection))
+        forget(conn)
+
+    conn._on_closed = dial_again
+    process = conn.popen(["sleep", "300"])
+    eventually(lambda: process.started is not None, "it has started")
+    setting.agent_link.refusing = True
+    setting.agent_link.cut()
+    with pytest.raises(ConnectionLost):
+        process.wait(DEADLINE)
+    assert adopted == [False]
