@@ -31,6 +31,7 @@ import itertools
 import json
 import logging
 import lzma
+import math
 import os
 import platform
 import re
@@ -176,10 +177,11 @@ def parse_time(text: str, name: str) -> float | None:
     """
     if text in ("", "0"):
         return None
-    try:
-        return float(text)
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if not math.isfinite(seconds):
+            raise BadParameter(f"invalid value for {name!r}: {text!r}")
+        return seconds
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError:
@@ -950,7 +952,7 @@ def console_size(options: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     try:
         rows, columns = (int(number) for number in size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadParameter(f"invalid console size: {size!r}") from None
     return (columns, rows) if 0 < rows < 65536 and 0 < columns < 65536 else None
 
@@ -1243,11 +1245,11 @@ class Body(io.RawIOBase):
         line = self._source.readline(256)
         if not line:
             raise EOFError("the client left in the middle of the body")
-        try:
-            self._left = int(line.split(b";")[0], 16)
-        except ValueError:
+        size = line.split(b";")[0].strip()
+        if re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size) is None:
             self._broken = True
-            raise BadParameter("malformed chunk in the body") from None
+            raise BadParameter("malformed chunk in the body")
+        self._left = int(size, 16)
         if self._left == 0:
             while self._source.readline(4096).strip():  # trailers
                 pass
@@ -1319,7 +1321,7 @@ class Call:
                 raise BadParameter(f"the body has more than {BODY_LIMIT} bytes")
         try:
             value = json.loads(data) if data.strip() else {}
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise BadParameter(f"invalid JSON: {exc}") from None
         if not isinstance(value, dict):
             raise BadParameter("invalid JSON: an object is wanted")
@@ -1440,13 +1442,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_call(self) -> Call:
         chunked = "chunked" in self.headers.get("Transfer-Encoding", "").lower()
-        try:
-            length = int(self.headers.get("Content-Length") or 0)
-        except ValueError:
-            raise BadParameter("invalid Content-Length") from None
+        length_text = (self.headers.get("Content-Length") or "0").strip()
+        if re.fullmatch(r"[0-9]{1,18}", length_text) is None:
+            raise BadParameter("invalid Content-Length")
+        length = int(length_text)
         body = Body(self.rfile, 0 if chunked else length, chunked)
         path, _, query = self.path.partition("?")
-        path = urllib.parse.unquote(urllib.parse.urlsplit(path).path if "://" in path else path)
+        try:
+            path = urllib.parse.unquote(urllib.parse.urlsplit(path).path if "://" in path else path)
+        except ValueError as exc:
+            raise BadParameter(f"invalid URL: {exc}") from None
         version = API_VERSION
         match = re.match(r"/v(\d+)\.(\d+)(/.*)", path)
         if match is not None:
@@ -2514,7 +2519,10 @@ PS_BSD = [
 
 def ps_columns(text: str) -> list[tuple[str, Column]]:
     """The columns that ps would show for these arguments. Raises NotSupported for others than the usual ones."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as exc:
+        raise NotSupported(f"top: {text!r}: {exc}") from None
     if not words or words in (["-ef"], ["ef"], ["-e", "-f"], ["-Af"], ["-fe"], ["-f"]):
         return PS_FULL
     if words in (["aux"], ["-aux"], ["u"], ["ax"], ["-ax"]):
