@@ -31,6 +31,7 @@ import itertools
 import json
 import logging
 import lzma
+import math
 import os
 import platform
 import re
@@ -176,10 +177,11 @@ def parse_time(text: str, name: str) -> float | None:
     """
     if text in ("", "0"):
         return None
-    try:
-        return float(text)
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if not math.isfinite(seconds):
+            raise BadParameter(f"invalid value for {name!r}: {text!r}")
+        return seconds
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError:
@@ -633,6 +635,11 @@ class Container:
         with self.changed:
             return self._state
 
+    def has_ended(self, before: State) -> bool:
+        """Whether it does not run, or was started anew since ``before``, when it ran."""
+        now = self.state
+        return not now.running or (before.running and now.started_at != before.started_at)
+
     def connection(self) -> AgentConn:
         """The agent's connection. Raises Conflict while there is none."""
         with self.changed:
@@ -729,20 +736,43 @@ class Monitor:
                 pool.submit(self._poll, lambda: fetch_health(self._addr))
             return
         self._conn.on_health = self._take_health
+        self._conn.on_outage = self._take_outage
+        self._learn(self._ask_main())
+        pool.submit(self._poll, self._conn.health)
+
+    def _ask_main(self) -> MainProcess | None:
         entries = [entry for entry in self._conn.sessions() if entry.get("kind") == "main"]
-        main = main_process(entries[0]) if entries else None
+        return main_process(entries[0]) if entries else None
+
+    def _learn(self, main: MainProcess | None) -> None:
         answer = self._conn.health()
         self._container.connected(self._conn, main, answer.get("health"))
         self._take_health(answer)
-        if main is not None:
-            pool.submit(self._poll, self._conn.health)
+
+    def _take_outage(self, lost: bool) -> None:
+        if not lost:
+            pool.submit(self._look_again)
+
+    def _look_again(self) -> None:
+        """The connection was made again, maybe with an agent that was started anew: that has another main process."""
+        try:
+            main, before = self._ask_main(), self._container.state.main
+            if (main and (main.pid, main.started_at)) != (before and (before.pid, before.started_at)):
+                log.info("agent %s: started anew", self._container.name)
+                self._container.disconnected("its agent was started anew")
+                self._learn(main)
+        except ClientError as exc:  # it was lost again, and comes again
+            log.debug("%s: %s", self._container.name, exc)
 
     def end(self) -> None:
         self._over.set()
 
     def _poll(self, ask: Callable[[], Mapping[str, Any]]) -> None:
         """What nobody pushes: the main process's end. Who waits for that learns of it at once, see watch_main()."""
-        while not self._over.wait(POLL_INTERVAL) and self._container.state.running:
+        while not self._over.wait(POLL_INTERVAL):
+            state = self._container.state
+            if not state.running or state.main is None:
+                continue
             try:
                 self._take_health(ask())
             except ClientError as exc:
@@ -922,7 +952,7 @@ def console_size(options: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     try:
         rows, columns = (int(number) for number in size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadParameter(f"invalid console size: {size!r}") from None
     return (columns, rows) if 0 < rows < 65536 and 0 < columns < 65536 else None
 
@@ -1215,11 +1245,11 @@ class Body(io.RawIOBase):
         line = self._source.readline(256)
         if not line:
             raise EOFError("the client left in the middle of the body")
-        try:
-            self._left = int(line.split(b";")[0], 16)
-        except ValueError:
+        size = line.split(b";")[0].strip()
+        if re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size) is None:
             self._broken = True
-            raise BadParameter("malformed chunk in the body") from None
+            raise BadParameter("malformed chunk in the body")
+        self._left = int(size, 16)
         if self._left == 0:
             while self._source.readline(4096).strip():  # trailers
                 pass
@@ -1291,7 +1321,7 @@ class Call:
                 raise BadParameter(f"the body has more than {BODY_LIMIT} bytes")
         try:
             value = json.loads(data) if data.strip() else {}
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise BadParameter(f"invalid JSON: {exc}") from None
         if not isinstance(value, dict):
             raise BadParameter("invalid JSON: an object is wanted")
@@ -1412,13 +1442,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_call(self) -> Call:
         chunked = "chunked" in self.headers.get("Transfer-Encoding", "").lower()
-        try:
-            length = int(self.headers.get("Content-Length") or 0)
-        except ValueError:
-            raise BadParameter("invalid Content-Length") from None
+        length_text = (self.headers.get("Content-Length") or "0").strip()
+        if re.fullmatch(r"[0-9]{1,18}", length_text) is None:
+            raise BadParameter("invalid Content-Length")
+        length = int(length_text)
         body = Body(self.rfile, 0 if chunked else length, chunked)
         path, _, query = self.path.partition("?")
-        path = urllib.parse.unquote(urllib.parse.urlsplit(path).path if "://" in path else path)
+        try:
+            path = urllib.parse.unquote(urllib.parse.urlsplit(path).path if "://" in path else path)
+        except ValueError as exc:
+            raise BadParameter(f"invalid URL: {exc}") from None
         version = API_VERSION
         match = re.match(r"/v(\d+)\.(\d+)(/.*)", path)
         if match is not None:
@@ -1991,10 +2024,11 @@ def read_signal(text: str) -> int:
 def kill_container(call: Call, name: str) -> None:
     container = call.gateway.find(name)
     number = read_signal(call.text("signal") or "KILL")
+    before = container.state
     signal_main(container, number)
     container.publish("kill", signal=number)
     if number == signal.SIGKILL:
-        wait_until(call, container, lambda: not container.state.running, ANSWER_TIMEOUT)
+        wait_until(call, container, lambda: container.has_ended(before), ANSWER_TIMEOUT)
     call.reply_nothing()
 
 
@@ -2003,14 +2037,15 @@ def stop_container(call: Call, name: str) -> None:
     number = read_signal(call.text("signal") or "TERM")
     timeout = call.number("t", STOP_TIMEOUT)
     container.main_process()
-    if not container.state.running:
+    before = container.state
+    if not before.running:
         raise NotModified
     signal_main(container, number)
     container.publish("kill", signal=number)
-    if not wait_until(call, container, lambda: not container.state.running, None if timeout < 0 else timeout):
+    if not wait_until(call, container, lambda: container.has_ended(before), None if timeout < 0 else timeout):
         signal_main(container, signal.SIGKILL)
         container.publish("kill", signal=int(signal.SIGKILL))
-        wait_until(call, container, lambda: not container.state.running, ANSWER_TIMEOUT)
+        wait_until(call, container, lambda: container.has_ended(before), ANSWER_TIMEOUT)
     container.publish("stop")
     call.reply_nothing()
 
@@ -2062,20 +2097,22 @@ def wait_container(call: Call, name: str) -> None:
     condition = call.text("condition") or "not-running"
     if condition not in ("not-running", "next-exit", "removed"):
         raise BadParameter(f"invalid condition: {condition!r}")
-    before = container.state.finished_at
+    before = container.state
 
     def over() -> bool:
-        state = container.state
         if condition == "removed":
             return container.removed
-        if condition == "next-exit":
-            return container.removed or (not state.running and state.finished_at != before)
-        return not state.running
+        if condition == "next-exit" and not before.running:
+            state = container.state
+            return container.removed or (not state.running and state.finished_at != before.finished_at)
+        return container.removed or container.has_ended(before)
 
     # Clients wait for the head before they start what they wait for the end of.
     answer = call.stream("application/json")
     wait_until(call, container, over, None)
     state = container.state
+    if state.running and condition != "removed":  # already again: the end that was waited for had no exit code
+        state = dataclasses.replace(before, status="dead", main=None, error="its agent was started anew")
     result: dict[str, Any] = {"StatusCode": state.exit_code}
     if state.main is None or not state.main.exited:
         result["Error"] = {"Message": f"the exit code is not known: {state.error}"}
@@ -2482,7 +2519,10 @@ PS_BSD = [
 
 def ps_columns(text: str) -> list[tuple[str, Column]]:
     """The columns that ps would show for these arguments. Raises NotSupported for others than the usual ones."""
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError as exc:
+        raise NotSupported(f"top: {text!r}: {exc}") from None
     if not words or words in (["-ef"], ["ef"], ["-e", "-f"], ["-Af"], ["-fe"], ["-f"]):
         return PS_FULL
     if words in (["aux"], ["-aux"], ["u"], ["ax"], ["-ax"]):

@@ -145,6 +145,9 @@ def test_errors_are_dockers_json_and_leave_the_connection_usable(connection: Con
         ("POST", "/containers/web/attach?stream=1&detachKeys=ctrl-", 400, "Invalid detach keys (ctrl-) provided"),
         ("GET", "/containers/web/logs", 400, "Bad parameters: you must choose at least one stream"),
         ("GET", "/containers/web/archive", 400, "bad parameter: path cannot be empty"),
+        ("GET", "/events?until=nan", 400, "invalid value for 'until': 'nan'"),
+        ("GET", "/containers/web/logs?stdout=1&since=inf", 400, "invalid value for 'since': 'inf'"),
+        ("GET", "/containers/web/top?ps_args=%22", 501, "top: '\"': No closing quotation"),
     ):
         found, answer = connection.ask(method, path)
         assert (found, answer["message"][: len(message)]) == (status, message)
@@ -152,6 +155,7 @@ def test_errors_are_dockers_json_and_leave_the_connection_usable(connection: Con
         ([], "an object is wanted"),
         ({"Cmd": []}, "No exec command specified"),
         ({"Cmd": "ls"}, "No exec command"),
+        ({"Cmd": ["ls"], "ConsoleSize": [float("inf"), 80]}, "invalid console size: [inf, 80]"),
     ):
         found, answer = connection.ask("POST", "/containers/web/exec", body)
         assert found == 400 and message in answer["message"]
@@ -174,9 +178,20 @@ def test_what_is_no_http_is_refused_and_harms_nobody(dial: Callable[[], Connecti
         connection = dial()
         connection.sock.sendall(data)
         assert b"message" in connection.read_rest()
+    for chunk in (b"zz\r\n", b"-5\r\nhello\r\n", b"0x5\r\nhello\r\n", b"f" * 30 + b"\r\n"):
+        connection = dial()
+        connection.send("POST", "/containers/web/exec", "Transfer-Encoding: chunked", body=chunk)
+        assert connection.read_answer()[0] == 400
+    for length in ("-1", "+2", "1_0", "9" * 30, "two"):
+        connection = dial()
+        connection.send("POST", "/containers/web/exec", f"Content-Length: {length}")
+        status, _, answer = connection.read_answer()
+        assert status == 400 and b"invalid Content-Length" in answer
     connection = dial()
-    connection.send("POST", "/containers/web/exec", "Transfer-Encoding: chunked", body=b"zz\r\n")
-    assert connection.read_answer()[0] == 400
+    connection.send("POST", "/containers/web/exec", body=b"[" * 100_000)
+    status, _, answer = connection.read_answer()
+    assert status == 400 and b"invalid JSON" in answer
+    assert dial().ask("GET", "http://[/_ping")[0] == 400
     assert dial().ask("GET", "/info")[0] == 200
 
 

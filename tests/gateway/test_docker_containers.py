@@ -440,6 +440,31 @@ def test_commands_go_on_when_the_connection_to_the_agent_was_cut(
             assert process.wait(DEADLINE) == 0
 
 
+def test_an_agent_that_is_started_anew_behind_a_running_command_is_seen_as_new(
+    box: Box, start_agent: Callable[..., Agent]
+) -> None:
+    """The command has the connection made again: what it leads to then is another main process."""
+    agent, gateway = box
+    before = gateway.json("inspect", "box")[0]["State"]
+    with gateway.start("exec", "box", "sh", "-c", "echo up; exec sleep 600") as command:
+        assert command.stdout is not None and command.stdout.readline() == b"up\n"
+        with gateway.start("wait", "box") as waiting:
+            gateway.wait_for_log(r"stream POST \S+/wait")
+            agent.kill()
+            start_agent("--addr", agent.address, "--keep-alive", "--", "sh", "-c", "read x; exit 5")
+            assert waiting.communicate(timeout=DEADLINE)[0] == b"255\n"
+        assert command.wait(DEADLINE) == 255
+    gateway.wait_for_log("agent box: started anew")
+    eventually(lambda: gateway.output("ps", "--format", "{{.Names}}") == "box\n", "the container runs")
+    after = gateway.json("inspect", "box")[0]
+    assert (after["Path"], after["State"]["Error"]) == ("sh", "")
+    assert after["State"]["Pid"] != before["Pid"] and after["State"]["StartedAt"] > before["StartedAt"]
+    with gateway.start("wait", "box") as waiting:
+        gateway.wait_for_log(r"stream POST \S+/wait", 2)
+        gateway.output("kill", "-s", "TERM", "box")
+        assert waiting.communicate(timeout=DEADLINE)[0] == b"143\n"
+
+
 class Cuttable:
     """Carries bytes between the gateway and an agent, until it cuts every connection."""
 
