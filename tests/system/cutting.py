@@ -154,12 +154,23 @@ class Link:
         self._chances = random.Random(proxy.seed * 1_000_003 + self._number)
         self._client, self._agent = client, agent
         self._lock = threading.Lock()  # guards the attributes below
+        self._running = 2  # threads; the last one closes both sockets
         self._cut = False
         self._swallowing = False
         self._late = False
         self.passed = 0  # bytes
         for source, target, direction in ((client, agent, Direction.UP), (agent, client, Direction.DOWN)):
-            threading.Thread(target=self._carry, args=(source, target, direction), daemon=True).start()
+            threading.Thread(target=self._run, args=(source, target, direction), daemon=True).start()
+
+    def _run(self, source: socket.socket, target: socket.socket, direction: Direction) -> None:
+        try:
+            self._carry(source, target, direction)
+        finally:
+            with self._lock:
+                self._running -= 1
+                last = not self._running
+            for sock in (self._client, self._agent) if last else ():
+                end(sock, reset=False)
 
     def _carry(self, source: socket.socket, target: socket.socket, direction: Direction) -> None:
         scanner = FrameScanner()
