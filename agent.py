@@ -166,6 +166,7 @@ class Reason(enum.StrEnum):
     """
 
     BAD_MESSAGE = "bad_message"  # the message made no sense; sessions go on
+    BAD_REQUEST = "bad_request"  # the same of what was to start a session: it has not begun
     UNKNOWN_SESSION = "unknown_session"
     DUPLICATE_SESSION = "duplicate_session"  # the first session goes on
     NOT_FOUND = "not_found"  # of a command: 127 for a shell
@@ -190,11 +191,13 @@ class MessageError(AgentError):
 
     Attributes:
         id: the session that the message named, "" if none could be read.
+        reason: BAD_REQUEST if it was to start that session, which so has not begun.
     """
 
     def __init__(self, message: str, session_id: str = "") -> None:
         super().__init__(message)
         self.id = session_id
+        self.reason = Reason.BAD_MESSAGE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -796,6 +799,9 @@ _EVENTS_2: dict[str, Callable[[_Fields], Event]] = {
 }
 
 
+_OPENING_KINDS = ("exec", "attach", "archive_get", "archive_put")
+
+
 def decode_request(text: str, version: int = 1) -> Request:
     """Decode what a client sent to an agent.
 
@@ -806,7 +812,12 @@ def decode_request(text: str, version: int = 1) -> Request:
     decode = (_REQUESTS if version == 1 else _REQUESTS_2).get(fields.kind)
     if decode is None:
         raise MessageError(f"unknown message type {fields.kind!r}", fields.id)
-    return decode(fields)
+    try:
+        return decode(fields)
+    except MessageError as exc:
+        if fields.kind in _OPENING_KINDS:
+            exc.reason = Reason.BAD_REQUEST
+        raise
 
 
 def decode_event(text: str, version: int = 1) -> Event | None:
@@ -7900,7 +7911,9 @@ class Peer:
         try:
             request = decode_request(message, self.version)
         except MessageError as exc:
-            self._refuse(exc.id, str(exc), Reason.BAD_MESSAGE)
+            with self._lock:  # what an id in use names goes on
+                reason = Reason.BAD_MESSAGE if exc.id in self._sessions else exc.reason
+            self._refuse(exc.id, str(exc), reason)
             return
         if self._debugging and not isinstance(request, Ack):
             log.debug("request: %s", describe_request(request), extra={**self._extra, "session": request.id})

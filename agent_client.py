@@ -2486,7 +2486,8 @@ class _Relay(_ClientServer):
         try:
             request = decode_request(message if isinstance(message, str) else "")
         except MessageError as exc:
-            self._client.outbox.send(Error(exc.id, str(exc), Reason.BAD_MESSAGE))
+            reason = Reason.BAD_MESSAGE if exc.id in self._sessions else exc.reason
+            self._client.outbox.send(Error(exc.id, str(exc), reason))
             return
         # Of version 2, which is not decoded here.
         assert not isinstance(request, Ack | Resume | Park | Call | ArchiveGet | ArchivePut)
@@ -2662,7 +2663,9 @@ class _PassThrough(_ClientServer):
             else:
                 self._relay_stdin(*decode_data_frame(message))
         except MessageError as exc:
-            self._client.outbox.send(Error(exc.id, str(exc), Reason.BAD_MESSAGE))
+            with self._lock:
+                reason = Reason.BAD_MESSAGE if exc.id in self._sessions else exc.reason
+            self._client.outbox.send(Error(exc.id, str(exc), reason))
         except SessionError as exc:
             if not self._cut:  # the client is about to hear of that, and to resume
                 self._client.outbox.send(Error(exc.session_id, str(exc), exc.reason))

@@ -454,3 +454,15 @@ def test_a_docker_client_that_leaves_the_main_process_is_detached(tmp_path: Path
             quiet.wait_for_log("attach ended", count)
         assert agent_client.fetch_health(quiet.addr)["exited"] is False
     quiet.stop()
+
+
+@pytest.mark.parametrize(
+    ("cmd", "env"), [([""], {}), (["echo", "a\0b"], {}), (["true"], {"": "x"})], ids=["no name", "NUL", "no variable"]
+)
+def test_a_request_that_makes_no_sense_ends_at_once(conn: AgentConn, cmd: list[str], env: dict[str, str]) -> None:
+    process = conn.popen(cmd, env=env)
+    with pytest.raises(SessionError) as failure:
+        process.wait(DEADLINE)
+    assert failure.value.reason == "bad_request"
+    with pytest.raises(SessionError):
+        conn.start_detached(cmd, env=env)

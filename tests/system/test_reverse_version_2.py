@@ -299,7 +299,7 @@ def test_an_id_that_no_data_frame_can_hold_is_refused_and_all_goes_on(setting: S
                 send(connection, kind, id="x" * 256, cmd=["true"], secret="a" * 16, offset=0)
                 error = receive(connection)
                 assert isinstance(error, dict)
-                assert (error["id"], error["reason"]) == ("x" * 256, "bad_message")
+                assert (error["id"], error["reason"]) == ("x" * 256, "bad_request" if kind == "exec" else "bad_message")
     assert not setting.conn._routes
 
 
