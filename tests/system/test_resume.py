@@ -33,6 +33,7 @@ class Proxy:
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self.refusing = False
         self.connections = 0
+        self.carried = 0  # bytes, about: threads add to it without a lock
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -57,6 +58,7 @@ class Proxy:
         with contextlib.suppress(OSError, ValueError):
             while data := source.recv(random.choice((7, 100, 4096, 65536))):
                 target.sendall(data)
+                self.carried += len(data)
             target.shutdown(socket.SHUT_WR)
 
     @staticmethod
@@ -170,7 +172,11 @@ def test_cuts_at_any_time_lose_and_repeat_nothing(conn: AgentConn, proxy: Proxy,
 
     def cut() -> None:
         nonlocal cuts
-        while not stop.wait(chances.uniform(0.001, 0.06)):
+        # After progress, not after time: on a busy machine no connection would live long enough to make any.
+        while not stop.is_set():
+            enough = proxy.carried + chances.randrange(1, 1_000_000)
+            while proxy.carried < enough and not stop.wait(0.001):
+                pass
             proxy.cut()
             cuts += 1
 
