@@ -19,6 +19,12 @@ MAIN = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.once)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def docker_client() -> None:
     need("docker")

@@ -277,6 +277,7 @@ def test_who_leaves_before_the_refusal_keeps_nothing_waiting(start_agent: Callab
 # Crowds.
 
 
+@pytest.mark.once
 def test_10_000_connections_that_never_ask_keep_out_nobody(
     start_agent: Callable[..., Agent], connect: Callable[..., RawClient], many_descriptors: int
 ) -> None:
