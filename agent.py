@@ -1757,7 +1757,7 @@ class LogHandler(logging.Handler):
         self.lost = 0  # in all
         self._writing = False
         self._started = False
-        self._hurry = threading.Event()  # ends LOG_PAUSE: there is enough, or somebody waits in flush()
+        self._hurry = threading.Event()  # ends LOG_PAUSE: there is enough, a warning, or somebody waits in flush()
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Queue a record. Does without the lock of the base class, which is held while it writes."""
@@ -1772,7 +1772,7 @@ class LogHandler(logging.Handler):
                 self._started = True
             if len(self._records) == 1:
                 self._changed.notify_all()
-            elif len(self._records) == LOG_GATHERED:
+            if len(self._records) == LOG_GATHERED or record.levelno >= logging.WARNING:
                 self._hurry.set()
         return True
 

@@ -247,7 +247,8 @@ def test_the_lifetime_is_announced_once_and_nothing_is_started_after_it(
             conn.run(["true"])
         before.stdin.close()
         assert before.wait(DEADLINE) == 0  # what ran goes on
-        assert running.log.count("lifetime expired:") == 1
+        running.wait_for_log("lifetime expired:")
+    assert running.log.count("lifetime expired:") == 1
 
 
 def test_a_signal_can_announce_the_end_of_the_lifetime(tmp_path: Path) -> None:
