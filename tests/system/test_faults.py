@@ -342,6 +342,7 @@ def test_many_refusals_that_nobody_reads_cost_no_memory(start_agent: StartAgent,
     assert not flooding.is_alive()
 
 
+@pytest.mark.once
 def test_health_is_quick_while_thousands_of_threads_end(start_agent: StartAgent, connect: Connect) -> None:
     agent = start_agent()
     client = connect(agent)

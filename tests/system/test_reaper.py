@@ -46,6 +46,7 @@ def run_many(client: RawClient, count: int, offset: int) -> list[str]:
     return wrong
 
 
+@pytest.mark.once
 @pytest.mark.root
 def test_20000_short_children_with_orphans_leave_nothing_behind(
     start_agent: Callable[..., Agent], connect: Callable[..., RawClient]

@@ -158,6 +158,7 @@ def test_a_command_that_is_started_while_the_link_is_down_runs_when_it_is_up(con
     assert keeper.wait(DEADLINE) == 137
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", range(int(os.environ.get("CUT_SEEDS", "4"))))
 def test_cuts_at_any_time_lose_and_repeat_nothing(conn: AgentConn, proxy: Proxy, seed: int) -> None:
     chances = random.Random(seed)

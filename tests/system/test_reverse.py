@@ -527,6 +527,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.once
 def test_200_agents_on_one_listener(tmp_path: Path) -> None:
     count = 200
     left: list[str] = []
