@@ -632,7 +632,7 @@ def test_a_short_secret_is_refused(dial: Dial) -> None:
     client = dial()
     session = client.exec(["true"], secret="guessable")
     client.until(lambda: session.errors)
-    assert session.errors[0]["reason"] == "bad_message"
+    assert session.errors[0]["reason"] == "bad_request"
 
 
 def test_sessions_of_closed_connections_do_not_count(start_agent: Callable[..., Agent], dial: Dial) -> None:
