@@ -2324,8 +2324,8 @@ class ReplayLog:
     """A bounded log of one process's stdout and stderr, in the order of their arrival.
 
     Every byte has an offset, counted from 0 over both streams together. The log
-    keeps at least the last ``capacity`` bytes, each change of stream counted as
-    CHUNK_COST bytes. The writer never waits for a
+    keeps at least the last ``capacity`` bytes, each chunk counted as CHUNK_COST
+    bytes more: a change of stream, or a read of more than SMALL_CHUNK. The writer never waits for a
     follower that stands still. A follower that moves but cannot keep up is
     waited for a little, as long as the process still gets PACE_RATE: enough for
     every follower that is merely behind on a busy machine, and no more.

@@ -116,7 +116,7 @@ def test_the_replay_is_the_newest_output(start_agent: Callable[..., Agent], conn
     assert session.wait() == 1
     whole = b"".join(b"%d\n" % number for number in range(1, 200001))
     assert whole.endswith(session.stdout)
-    assert len(session.stdout) >= 64 << 10
+    assert len(session.stdout) >= 60 << 10  # each read of the output weighs CHUNK_COST bytes of it
 
 
 def test_without_a_main_process_it_is_an_error(agent: Agent, connect: Callable[..., RawClient]) -> None:
