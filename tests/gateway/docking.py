@@ -7,19 +7,17 @@ import os
 import re
 import subprocess
 import sys
-import termios
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pyte
 import pytest
+import screens
 from support import DEADLINE, TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 GATEWAY = ROOT / "scripts/docker_gateway.py"
-END = b"\x1b[0mthe test ends"  # ends a Terminal's reader
 
 
 class Gateway:
@@ -137,65 +135,12 @@ class Gateway:
             self.process.stderr.close()
 
 
-class Terminal:
-    """Docker's client on a terminal, with a person in front: types, and sees the screen."""
+class Terminal(screens.Terminal):
+    """Docker's client on a terminal."""
 
     def __init__(self, gateway: Gateway, words: Iterable[str], columns: int = 80, rows: int = 24) -> None:
-        self.screen = pyte.Screen(columns, rows)
-        self._stream = pyte.ByteStream(self.screen)
-        self._changed = threading.Condition()  # guards screen
-        # The client's end stays open here, so that its attributes can be read after the client's end.
-        self._keyboard, self._line = os.openpty()
-        termios.tcsetwinsize(self._line, (rows, columns))
-        self.before = termios.tcgetattr(self._line)
-        self.process = subprocess.Popen(
-            ["setsid", "--ctty", "docker", *words],
-            env=gateway.environ,
-            stdin=self._line,
-            stdout=self._line,
-            stderr=self._line,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        while data := os.read(self._keyboard, 65536):
-            with self._changed:
-                self._stream.feed(data)
-                self._changed.notify_all()
-            if END in data:
-                return
-
-    @property
-    def text(self) -> str:
-        return "\n".join(line.rstrip() for line in self.screen.display)
-
-    def wait_for(self, pattern: str) -> None:
-        with self._changed:
-            seen = self._changed.wait_for(lambda: re.search(pattern, self.text, re.MULTILINE), DEADLINE)
-        assert seen, f"no {pattern!r} on the screen:\n{self.text}"
-
-    def type(self, keys: str) -> None:
-        os.write(self._keyboard, keys.encode())
-
-    def resize(self, columns: int, rows: int) -> None:
-        with self._changed:
-            self.screen.resize(rows, columns)
-            self.screen.reset()  # what was there says nothing about what will be drawn
-        termios.tcsetwinsize(self._keyboard, (rows, columns))
+        super().__init__(["docker", *words], gateway.environ, columns, rows)
 
     def assert_as_before(self) -> None:
         """The client has put its terminal back."""
-        assert termios.tcgetattr(self._line) == self.before
-
-    def wait(self) -> int:
-        """Wait for the client's end."""
-        return self.process.wait(DEADLINE)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.write(self._line, END)
-        self._reader.join(DEADLINE)
-        os.close(self._line)
-        os.close(self._keyboard)
+        assert self.attributes() == self.before
