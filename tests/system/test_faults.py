@@ -180,7 +180,9 @@ def test_a_slow_client_gets_the_last_output_and_the_exit_before_the_agent_ends(
     start_agent: StartAgent, connect: Connect
 ) -> None:
     script = "read x; head -c 8M /dev/zero | tr '\\0' x; exit 7"
-    agent = start_agent("--replay-size", "16M", "--exit-with-main", "--keep-alive", "--", "sh", "-c", script)
+    # It waits for stop_timeout at most, in which a busy machine may not send that much so slowly.
+    flags = "--replay-size", "16M", "--stop-timeout", "100s", "--exit-with-main", "--keep-alive"
+    agent = start_agent(*flags, "--", "sh", "-c", script)
     client = connect(agent, max_queue=1)
     session = client.attach()
     session.write(b"go\n")
