@@ -8495,6 +8495,11 @@ def address_of(sock: socket.socket) -> str:
     return str(address)
 
 
+def is_power_of_two(count: int) -> bool:
+    """Whether an address's ``count``-th failed attempt is told: the 1st, 2nd, 4th, 8th and so on are."""
+    return not count & (count - 1)
+
+
 def delay_after(count: int) -> float:
     """Seconds that the answer to an address's ``count``-th failed attempt waits."""
     return float(min(DELAY_FIRST * 2 ** min(count - 1, 10), DELAY_LAST))
@@ -8513,8 +8518,8 @@ class Refusals:
         # many, and when the last was; least recent first
         self.total = 0
 
-    def count(self, guest: Guest, why: str) -> float:
-        """Count and log an attempt; returns how many seconds its answer is to wait."""
+    def count(self, guest: Guest, why: str) -> int:
+        """Count and log an attempt; returns how many there were from its address."""
         now = time.monotonic()
         with self._lock:
             self.total += 1
@@ -8523,10 +8528,10 @@ class Refusals:
             self._recent[guest.address] = (count, now)
             if len(self._recent) > REFUSING_ADDRESSES:
                 self._recent.popitem(last=False)
-        if not count & (count - 1):  # a guesser does not fill the log: the 1st, 2nd, 4th, 8th ...
+        if is_power_of_two(count):  # a guesser does not fill the log
             times = f", {count} times from this address" if count > 1 else ""
             log.warning("client refused: %s%s", why, times, extra={"peer": who_is(guest.socket).name})
-        return delay_after(count)
+        return count
 
 
 REQUEST_LINE = re.compile(rb"([A-Z]+) \S+ HTTP/1\.1\r$")
@@ -8582,6 +8587,7 @@ class Guest:
         self.answered = False
         self.answer = bytearray()  # what is left of it to send
         self.due = 0.0  # when that may begin
+        self.on_refusal: Callable[[int], None] = lambda times: None  # told how often its address was refused so far
 
     def respond(self, status: http.HTTPStatus, text: str) -> HTTPResponse:
         """A response as websockets' ServerConnection.respond() makes it."""
@@ -8895,7 +8901,9 @@ class Doorway:
             return True
         delay = 0.0
         if response.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
-            delay = self.refusals.count(guest, (response.body or b"").decode().strip())
+            times = self.refusals.count(guest, (response.body or b"").decode().strip())
+            guest.on_refusal(times)
+            delay = delay_after(times)
         log_response(request, response, guest.socket)
         guest.refuse(response, delay)
         return False
@@ -9099,7 +9107,12 @@ class Server:
         """Tell everybody but the client about a client that may not connect."""
         books = self._runtime.books
         books.counters.count(AUTH_FAILURES, reason)
-        books.tell("refused", who_is(guest.socket), reason=reason, error=message)  # the log has it from Refusals
+
+        def tell(times: int) -> None:  # the log has it from Refusals
+            if is_power_of_two(times):  # nor does a guesser fill the disk
+                books.tell("refused", who_is(guest.socket), reason=reason, error=message, times=times)
+
+        guest.on_refusal = tell
 
     def _answer(self, connection: Guest, text: str, content_type: str) -> HTTPResponse:
         response = connection.respond(http.HTTPStatus.OK, text)
