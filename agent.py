@@ -6947,9 +6947,7 @@ class TLSStream:
         while True:
             try:
                 with self._lock:
-                    if self._closed:
-                        return b""
-                    return self._sock.recv(max(size, self.RECORD))  # a whole record: nothing stays behind in OpenSSL
+                    return self._read(max(size, self.RECORD))  # a whole record: nothing stays behind in OpenSSL
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)
             except ssl.SSLWantWriteError:
@@ -6959,6 +6957,10 @@ class TLSStream:
             except ssl.SSLError as exc:
                 self.error = exc
                 raise
+
+    def _read(self, size: int) -> bytes:
+        """Holds the lock."""
+        return b"" if self._closed else self._sock.recv(size)
 
     def sendall(self, data: BytesLike) -> None:
         view = memoryview(data)
@@ -8642,7 +8644,11 @@ class Doorway:
     them all. Only a step that has something to work on gets a thread, STEPS_LIMIT at once. At the limit of guests the
     address that has most of them loses its oldest, so that thousands that hang about keep out nobody, at another
     address least of all.
+
+    A subclass for other requests than a WebSocket's has its own judge(), examine() and ``guest_class``.
     """
+
+    guest_class: ClassVar[type[Guest]] = Guest
 
     def __init__(
         self,
@@ -8737,7 +8743,7 @@ class Doorway:
             self._crowded_out += 1
             crowd = max(self._by_address.values(), key=len)
             self._dismiss(next(iter(crowd.values())))
-        self._watch(Guest(sock))
+        self._watch(self.guest_class(sock))
 
     def _watch(self, guest: Guest) -> None:
         fd = guest.socket.fileno()
@@ -8771,8 +8777,7 @@ class Doorway:
         for guest in list(self._guests.values()):
             if guest.deadline <= now:
                 if not guest.answered:
-                    log.debug("client dismissed: no request within %g s", HANDSHAKE_TIMEOUT,
-                              extra={"peer": who_is(guest.socket).name})  # fmt: skip
+                    log.debug("client dismissed: no request in time", extra={"peer": who_is(guest.socket).name})
                 self._dismiss(guest)
             elif guest.answer and guest.due <= now:
                 self._send(guest)
@@ -8792,7 +8797,7 @@ class Doorway:
                 self._send(guest)
             elif data:
                 guest.head += data
-                if fault := judge_head(guest.head):
+                if fault := self.judge(guest.head):
                     guest.refuse_nonsense(*fault)
                     self._send(guest)
                 elif b"\r\n\r\n" in guest.head:
@@ -8805,10 +8810,39 @@ class Doorway:
             more = guest.send()
             self._epoll.modify(guest.socket, select.EPOLLIN | (select.EPOLLOUT if more else 0))
 
+    def take_back(self, sock: socket.socket, early: bytes, patience: float) -> None:
+        """Hold a connection that was let in and answered until its next request, for ``patience`` seconds.
+
+        Args:
+            early: what has been read of that already.
+        """
+        sock.setblocking(False)
+        guest = self.guest_class(sock)
+        guest.deadline = time.monotonic() + patience
+        guest.head += early
+        if isinstance(sock, ssl.SSLSocket):
+            guest.secure = sock
+        if fault := self.judge(early):
+            guest.refuse_nonsense(*fault)
+        elif b"\r\n\r\n" in early:  # nothing need come any more
+            self._queue_step(guest)
+            return
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._returned.append(guest)
+        if closed:
+            sock.close()
+        else:
+            os.eventfd_write(self._wakeup, 1)
+
     # Steps: in a pool thread each.
 
     def _request_step(self, guest: Guest) -> None:
         self._unwatch(guest)
+        self._queue_step(guest)
+
+    def _queue_step(self, guest: Guest) -> None:
         with self._lock:
             if self._steps >= STEPS_LIMIT:
                 self._ready.append(guest)
@@ -8836,7 +8870,7 @@ class Doorway:
     def _step(self, guest: Guest) -> None:
         let_in = False
         try:
-            let_in = (self._tls is None or self._advance_tls(guest, self._tls)) and self._examine(guest)
+            let_in = (self._tls is None or self._advance_tls(guest, self._tls)) and self.examine(guest)
         except OSError:  # it has left
             guest.socket.close()
             return
@@ -8872,7 +8906,7 @@ class Doorway:
                 if not data:
                     raise ConnectionResetError
                 guest.head += data
-                if fault := judge_head(guest.head):
+                if fault := self.judge(guest.head):
                     guest.refuse_nonsense(*fault)
                     return False
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -8890,8 +8924,12 @@ class Doorway:
             return False
         return True
 
-    def _examine(self, guest: Guest) -> bool:
-        """Whether the request of a guest is let in."""
+    def judge(self, head: bytes | bytearray) -> tuple[http.HTTPStatus, str] | None:
+        """See judge_head()."""
+        return judge_head(head)
+
+    def examine(self, guest: Guest) -> bool:
+        """Whether the request of a guest, whose head is complete, is let in. Else it has been refused."""
         request = parse_request(guest.head)
         if not isinstance(request, HTTPRequest):
             guest.refuse_nonsense(*request)
