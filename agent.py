@@ -8588,6 +8588,7 @@ class Guest:
         # Once it is answered: what it sends is read and thrown away, until it leaves.
         self.answered = False
         self.answer = bytearray()  # what is left of it to send
+        self.answering = False  # some of it may have been sent
         self.due = 0.0  # when that may begin
         self.on_refusal: Callable[[int], None] = lambda times: None  # told how often its address was refused so far
 
@@ -8775,12 +8776,12 @@ class Doorway:
             )
             self._crowded_out = 0
         for guest in list(self._guests.values()):
+            if guest.answer and guest.due <= now:
+                self._send(guest)
             if guest.deadline <= now:
                 if not guest.answered:
                     log.debug("client dismissed: no request in time", extra={"peer": who_is(guest.socket).name})
                 self._dismiss(guest)
-            elif guest.answer and guest.due <= now:
-                self._send(guest)
 
     def _attend(self, guest: Guest) -> None:
         """A guest has sent something, has left, or takes more of its answer."""
@@ -8806,7 +8807,10 @@ class Doorway:
             self._request_step(guest)
 
     def _send(self, guest: Guest) -> None:
-        if guest.answer and guest.due <= time.monotonic():
+        now = time.monotonic()
+        if guest.answer and guest.due <= now:
+            if not guest.answering:  # however late that is: the machine may be busy
+                guest.answering, guest.deadline = True, now + REFUSAL_LINGER
             more = guest.send()
             self._epoll.modify(guest.socket, select.EPOLLIN | (select.EPOLLOUT if more else 0))
 
