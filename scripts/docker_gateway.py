@@ -310,21 +310,82 @@ def matches_text(pattern: str, text: str) -> bool:
         return False
 
 
-def start_failure(error: SessionError, command: str) -> tuple[int, str]:
-    """The exit code and the sentence of dockerd and runc for a command that did not start."""
+def start_failure(error: SessionError, command: str, workdir: str, user: str) -> tuple[int, str]:
+    """The exit code and the sentence of dockerd and runc for a command that did not start, as it was asked for."""
     head = "OCI runtime exec failed: exec failed: unable to start container process: "
     name = json.dumps(command)
+    words = str(error)
+    owner, _, group = user.partition(":")
+    if words.startswith("no such user"):
+        return 126, f"unable to find user {owner}: no matching entries in passwd file"
+    if words.startswith("no such group"):
+        return 126, f"unable to find group {group}: no matching entries in group file"
+    if "cannot start: working directory" in words:
+        reasons = ("no such file or directory", "not a directory", "permission denied")
+        reason = next((reason for reason in reasons if words.endswith(reason)), reasons[0])
+        return 126, f"{head}chdir to cwd ({json.dumps(workdir)}) set in config.json failed: {reason}: unknown"
     if isinstance(error, CommandNotFound):
         if "/" in command:
             return 127, f"{head}exec: {name}: stat {command}: no such file or directory: unknown"
         return 127, f"{head}exec: {name}: executable file not found in $PATH: unknown"
     if isinstance(error, CommandNotExecutable):
-        words = str(error)
         reason = "exec format error" if "format" in words.lower() else "permission denied"
         if "directory" in words.lower():
             reason = "is a directory"
         return 126, f"{head}exec: {name}: {reason}: unknown"
     return 126, f"{head}{error}: unknown"
+
+
+class Fields:
+    """The fields of a JSON object that a client sent, each of the type that dockerd wants of it.
+
+    What is wrong is said in the words of Go's encoding/json, which name the field.
+    """
+
+    def __init__(self, struct: str, values: Mapping[str, Any]) -> None:
+        """Names in ``values`` are in lower case; ``struct`` is what dockerd calls the object."""
+        self._struct = struct
+        self._values = values
+
+    def text(self, name: str) -> str:
+        return self._text(name, self._take(name, str, "string") or "")
+
+    def flag(self, name: str) -> bool:
+        return bool(self._take(name, bool, "bool"))
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        items = self._take(name, list, "[]string") or []
+        for item in items:
+            if item is not None and not isinstance(item, str):
+                raise self._fault(name, item, "string")
+        return tuple(self._text(name, item or "") for item in items)
+
+    def size(self, name: str) -> tuple[int, int] | None:
+        """Columns and rows of a terminal, which the API has the other way round; None without, or beyond all bounds."""
+        size = self._take(name, list, "[2]uint")
+        if not size:
+            return None
+        if len(size) != 2 or any(type(number) is not int for number in size):
+            raise BadParameter(f"invalid console size: {size!r}")
+        rows, columns = size
+        return (columns, rows) if 0 < rows < 65536 and 0 < columns < 65536 else None
+
+    def _take(self, name: str, wanted: type, go_type: str) -> Any:
+        value = self._values.get(name.lower())
+        if value is not None and not isinstance(value, wanted):
+            raise self._fault(name, value, go_type)
+        return value
+
+    def _text(self, name: str, value: str) -> str:
+        # As Go reads half a surrogate pair, which is no text.
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+    def _fault(self, name: str, value: object, go_type: str) -> BadParameter:
+        kinds = {str: "string", bool: "bool", list: "array", dict: "object"}
+        kind = kinds.get(type(value), "number")
+        return BadParameter(
+            f"invalid JSON: json: cannot unmarshal {kind} into Go struct field {self._struct}.{name} of type {go_type}"
+        )
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -894,26 +955,25 @@ class Dialler:
 class ExecCommand:
     """A command that was created with ``exec``, from then until it is forgotten."""
 
-    def __init__(self, container: Container, options: Mapping[str, Any]) -> None:
-        cmd = options.get("cmd")
-        if not isinstance(cmd, list) or not cmd or not all(isinstance(word, str) for word in cmd):
-            raise BadParameter("No exec command specified")
-        if options.get("privileged"):
-            raise NotSupported("--privileged: an agent gives a command no more rights than it has itself")
+    def __init__(self, container: Container, options: Fields) -> None:
         self.container = container
         self.id = secrets.token_hex(32)
-        self.cmd: tuple[str, ...] = tuple(cmd)
+        self.cmd = options.texts("Cmd")
         # A name without a value is to be unset; an agent only adds variables.
-        self.env = tuple(str(item) for item in options.get("env") or () if "=" in str(item))
-        self.workdir = str(options.get("workingdir") or "")
-        self.user = str(options.get("user") or "")
-        self.tty = bool(options.get("tty"))
-        self.stdin = bool(options.get("attachstdin"))
-        self.stdout = bool(options.get("attachstdout"))
-        self.stderr = bool(options.get("attachstderr"))
-        self.detach_text = str(options.get("detachkeys") or "")
+        self.env = tuple(item for item in options.texts("Env") if "=" in item)
+        self.workdir = options.text("WorkingDir")
+        self.user = options.text("User")
+        self.tty = options.flag("Tty")
+        self.stdin = options.flag("AttachStdin")
+        self.stdout = options.flag("AttachStdout")
+        self.stderr = options.flag("AttachStderr")
+        self.detach_text = options.text("DetachKeys")
         self.detach_keys = parse_detach_keys(self.detach_text)
-        self.size = console_size(options)
+        self.size = options.size("ConsoleSize")
+        if not self.cmd:
+            raise BadParameter("No exec command specified")
+        if options.flag("Privileged"):
+            raise NotSupported("--privileged: an agent gives a command no more rights than it has itself")
         self._lock = threading.Lock()  # guards the attributes below
         self._taken = False  # started, or about to be
         self.session: Session | None = None
@@ -947,9 +1007,13 @@ class ExecCommand:
             session = self.session
             if code is None:
                 error = session.queue.error if session is not None else None
-                code = start_failure(error, self.cmd[0])[0] if isinstance(error, SessionError) else 255
+                code = self.failure(error)[0] if isinstance(error, SessionError) else 255
             self.running, self.code = False, code
         self.container.publish("exec_die", execID=self.id, exitCode=code)
+
+    def failure(self, error: SessionError) -> tuple[int, str]:
+        """See start_failure()."""
+        return start_failure(error, self.cmd[0], self.workdir, self.user)
 
     @property
     def pid(self) -> int:
@@ -978,18 +1042,6 @@ class ExecCommand:
             "DetachKeys": self.detach_text,
             "Pid": self.pid,
         }
-
-
-def console_size(options: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Columns and rows of a ``ConsoleSize``, which has rows first."""
-    size = options.get("consolesize")
-    if not size:
-        return None
-    try:
-        rows, columns = (int(number) for number in size)
-    except (TypeError, ValueError, OverflowError):
-        raise BadParameter(f"invalid console size: {size!r}") from None
-    return (columns, rows) if 0 < rows < 65536 and 0 < columns < 65536 else None
 
 
 class Gateway:
@@ -1925,8 +1977,9 @@ class ExecBridge(Bridge):
 
     def failure_words(self, error: ClientError) -> str:
         if isinstance(error, SessionError):
-            assert isinstance(self._session.request, Exec)
-            return start_failure(error, self._session.request.cmd[0])[1]
+            request = self._session.request
+            assert isinstance(request, Exec)
+            return start_failure(error, request.cmd[0], request.workdir, request.user)[1]
         return str(error)
 
 
@@ -2515,7 +2568,7 @@ def read_replay(session: Session) -> Iterator[tuple[Stream, bytes]]:
 def create_exec(call: Call, name: str) -> None:
     container = call.gateway.find(name)
     conn = container.connection()
-    command = ExecCommand(container, call.json())
+    command = ExecCommand(container, Fields("ExecOptions", call.json()))
     if command.user and conn.version == 1:
         raise NotSupported("--user: the agent speaks version 1 of the protocol, which starts nothing as another user")
     call.gateway.add_exec(command)
@@ -2559,12 +2612,14 @@ def resize_container(call: Call, name: str) -> None:
 
 def start_exec(call: Call, exec_id: str) -> None:
     command = call.gateway.find_exec(exec_id)
-    options = call.json()
+    options = Fields("ExecStartOptions", call.json())
+    size, detach = options.size("ConsoleSize"), options.flag("Detach")
+    options.flag("Tty")  # it is as it was created, which every client says again
     conn = command.container.connection()
-    command.size = console_size(options) or command.size
+    command.size = size or command.size
     command.take()
     try:
-        if options.get("detach"):
+        if detach:
             start_detached(call, command, conn)
         else:
             start_attached(call, command, conn)
@@ -2594,7 +2649,7 @@ def start_detached(call: Call, command: ExecCommand, conn: AgentConn) -> None:
                 user=command.user,
             )
         except SessionError as exc:
-            code, words = start_failure(exc, command.cmd[0])
+            code, words = command.failure(exc)
             command.ended(code)
             raise BadParameter(words) from None
         # Only to learn of its end: the command needs nobody who listens.

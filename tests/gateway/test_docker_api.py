@@ -72,11 +72,57 @@ def test_errors_are_dockers_json_and_leave_the_connection_usable(connection: Con
     for body, message in (
         ([], "an object is wanted"),
         ({"Cmd": []}, "No exec command specified"),
-        ({"Cmd": "ls"}, "No exec command"),
+        ({"Cmd": None}, "No exec command specified"),
         ({"Cmd": ["ls"], "ConsoleSize": [float("inf"), 80]}, "invalid console size: [inf, 80]"),
     ):
         found, answer = connection.ask("POST", "/containers/web/exec", body)
         assert found == 400 and message in answer["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("Cmd", "ls", "string into Go struct field ExecOptions.Cmd of type []string"),
+        ("Cmd", 5, "number into Go struct field ExecOptions.Cmd of type []string"),
+        ("cmd", ["ls", 5], "number into Go struct field ExecOptions.Cmd of type string"),
+        ("Cmd", [["ls"]], "array into Go struct field ExecOptions.Cmd of type string"),
+        ("Env", "x", "string into Go struct field ExecOptions.Env of type []string"),
+        ("Env", {"A": "1"}, "object into Go struct field ExecOptions.Env of type []string"),
+        ("Env", [True], "bool into Go struct field ExecOptions.Env of type string"),
+        ("WorkingDir", 1.5, "number into Go struct field ExecOptions.WorkingDir of type string"),
+        ("User", 0, "number into Go struct field ExecOptions.User of type string"),
+        ("Tty", "yes", "string into Go struct field ExecOptions.Tty of type bool"),
+        ("AttachStdin", 1, "number into Go struct field ExecOptions.AttachStdin of type bool"),
+        ("AttachStdout", [], "array into Go struct field ExecOptions.AttachStdout of type bool"),
+        ("AttachStderr", {}, "object into Go struct field ExecOptions.AttachStderr of type bool"),
+        ("DetachKeys", False, "bool into Go struct field ExecOptions.DetachKeys of type string"),
+        ("Privileged", "false", "string into Go struct field ExecOptions.Privileged of type bool"),
+        ("ConsoleSize", "80x24", "string into Go struct field ExecOptions.ConsoleSize of type [2]uint"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(connection: Connection, field: str, value: object, words: str) -> None:
+    body = {"Cmd": ["true"], field: value}
+    status, answer = connection.ask("POST", "/containers/web/exec", body)
+    assert (status, answer["message"]) == (400, f"invalid JSON: json: cannot unmarshal {words}")
+
+
+def test_a_start_with_a_field_of_a_wrong_type_starts_nothing(connection: Connection) -> None:
+    exec_id = connection.create("true")
+    for field, value in (("Detach", "no"), ("Tty", 0), ("ConsoleSize", {"h": 1}), ("ConsoleSize", ["24", "80"])):
+        status, answer = connection.ask("POST", f"/exec/{exec_id}/start", {field: value})
+        assert status == 400 and ("ConsoleSize" in field or f"ExecStartOptions.{field}" in answer["message"])
+    assert connection.ask("POST", f"/exec/{exec_id}/start", {"Detach": True, "Tty": None})[0] == 200
+
+
+def test_what_is_null_is_as_if_it_were_not_there_and_what_is_no_text_is_replaced(
+    connection: Connection, dial: Callable[[], Connection]
+) -> None:
+    fields = ("Env", "WorkingDir", "User", "Tty", "DetachKeys", "Privileged", "ConsoleSize")
+    exec_id = connection.create("printf", "%s", "half: \ud800.", **dict.fromkeys(fields))
+    started = dial()
+    started.send("POST", f"/exec/{exec_id}/start", *UPGRADE, body=b"{}")
+    assert started.read_head()[0] == 101
+    assert started.frames() == [(1, "half: \ufffd.".encode())]
 
 
 def test_a_body_may_come_in_chunks(connection: Connection) -> None:
