@@ -2536,14 +2536,33 @@ class _Passed:
         # What the agent said before it has seen a request that is repeated was for another connection, and comes again.
         self.repeated = isinstance(request, Resume) or request.connection > 1
         self.early: Ack | None = None  # of a request that looked repeated, and was the first
+        # Offsets of the output, as the agent counts: what the client has acknowledged, and what was passed to it.
+        self.acked = self.sent = request.offset if isinstance(request, Resume) else 0
+
+    def check(self, request: Opening | Resume) -> None:
+        """Whether the session can go on where the request says, as the agent will check it.
+
+        Raises:
+            SessionError: if not.
+        """
+        offset, acked = (request.offset, request.acked) if isinstance(request, Resume) else (0, 0)
+        if not self.acked <= offset <= self.sent:
+            fault = f"offset {offset} is not from {self.acked} to {self.sent}"
+        elif acked > offset:
+            fault = f"{acked} bytes are acknowledged, and {offset} received"
+        else:
+            return
+        raise SessionError(f"resume: {fault}", Reason.BAD_MESSAGE, request.id)
 
 
 class _PassThrough(_ClientServer):
     """Serves a client of version 2: its sessions are the agent's own, and pass through this side as they are.
 
-    So windows, offsets and secrets are between the two, and nothing is kept here. A
+    So windows, offsets and secrets are between the two, and no output is kept here. A
     client that leaves has its sessions parked by the agent; an agent that leaves
-    has its clients dial again. Both resume by themselves.
+    has its clients dial again. Both resume by themselves. Which client has a session
+    is decided here, and the agent sees one peer: so what it would refuse a client that
+    wants another's session is refused here, before that one is asked to give it up.
     """
 
     def __init__(self, client: ServerWebSocket, conn: ReverseAgentConn) -> None:
@@ -2597,6 +2616,8 @@ class _PassThrough(_ClientServer):
         if isinstance(event, Started):
             session.secret = event.secret or session.secret
             session.ended = session.detaching
+        elif isinstance(event, Resumed):
+            session.acked = session.sent = event.offset
         elif isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL):
             session.ended = True
         return True
@@ -2606,6 +2627,7 @@ class _PassThrough(_ClientServer):
         with self._lock:
             session = self._sessions.get(session_id)
             if session is not None and not session.repeated:
+                session.sent += len(data)
                 session.to_client.put(stream, data)
 
     def link_lost(self) -> None:
@@ -2623,7 +2645,8 @@ class _PassThrough(_ClientServer):
         """Give a session up to who shows its secret.
 
         Raises:
-            SessionError: if the request is late: the agent would refuse it, too, and nobody had the session then.
+            SessionError: if the request is late, or makes no sense: the agent would refuse it, too, and nobody had
+                the session then.
         """
         with self._lock:
             session = self._sessions.get(request.id)
@@ -2634,6 +2657,7 @@ class _PassThrough(_ClientServer):
             if request.connection and request.connection <= session.connection:
                 text = "a later connection has the session"
                 raise SessionError(text, Reason.DUPLICATE_SESSION, request.id)
+            session.check(request)
             self._give_up(request.id, session)
             return True
 
@@ -2707,6 +2731,8 @@ class _PassThrough(_ClientServer):
         if isinstance(request, Stdin | CloseStdin):
             session.to_agent.send(request)
             return
+        if isinstance(request, Ack) and request.offset <= session.sent:
+            session.acked = max(session.acked, request.offset)
         self._link.outbox.send(request)
         if isinstance(request, End) and (session.ended or not session.exit_follows):
             self._remove(request.id)

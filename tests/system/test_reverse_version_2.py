@@ -319,6 +319,45 @@ def test_what_comes_late_on_an_earlier_connection_takes_nothing_over(
     assert finish(raw) == (b"hello", 0)
 
 
+@pytest.mark.parametrize(
+    ("request_of_other", "words"),
+    [
+        ({"offset": 5}, "offset 5 is not from 1 to 4"),
+        ({"offset": 0}, "offset 0 is not from 1 to 4"),
+        ({"offset": 2, "acked": 3}, "3 bytes are acknowledged, and 2 received"),
+        ({"cmd": ["cat"]}, "offset 0 is not from 1 to 4"),
+    ],
+)
+def test_a_resume_that_makes_no_sense_disturbs_nobody(
+    setting: Setting, raw: ClientConnection, request_of_other: dict[str, object], words: str
+) -> None:
+    secret = "a" * 16
+    send(raw, "exec", id="mine", cmd=["cat"], secret=secret)
+    raw.send(bytes((0, 4)) + b"mine" + b"four")
+    while receive(raw) != bytes((1, 4)) + b"minefour":
+        pass
+    send(raw, "ack", id="mine", offset=1)
+    ask_and_wait(raw)
+    kind = "exec" if "cmd" in request_of_other else "resume"
+    with another(setting) as other:
+        send(other, kind, id="mine", secret=secret, **request_of_other)
+        error = receive(other)
+        assert isinstance(error, dict)
+        assert (error["type"], error["reason"], error["message"]) == ("error", "bad_message", f"resume: {words}")
+        raw.send(bytes((0, 4)) + b"mine" + b"more")
+        while receive(raw) != bytes((1, 4)) + b"minemore":
+            pass
+        (session,) = [entry for entry in setting.conn.sessions() if entry["kind"] == "exec"]
+        assert session["connected"]
+        # One that makes sense takes it over, of course.
+        send(other, "resume", id="mine", secret=secret, offset=6, acked=5)
+        resumed = receive(other)
+        assert isinstance(resumed, dict)
+        assert (resumed["type"], resumed["offset"]) == ("resumed", 6)
+        send(other, "close_stdin", id="mine")
+        assert finish(other) == (b"re", 0)
+
+
 def test_a_session_that_is_asked_for_as_the_link_is_lost_leaves_no_route(
     setting: Setting, raw: ClientConnection
 ) -> None:
