@@ -74,6 +74,7 @@ from agent import (
     ThreadPool,
     TLSStream,
     __version__,
+    delay_after,
     make_client_tls,
     open_listener,
     parse_address,
@@ -1783,7 +1784,8 @@ class Door(Doorway):
         if self._certificates is None or not self._certificates.wants_certificate or peer_certificate(guest.socket):
             return True
         words = "a client certificate is needed"
-        guest.refuse(guest.respond(http.HTTPStatus.FORBIDDEN, words), self.refusals.count(guest, words))
+        delay = delay_after(self.refusals.count(guest, words))
+        guest.refuse(guest.respond(http.HTTPStatus.FORBIDDEN, words), delay)
         return False
 
     def _serve(self, sock: socket.socket, early: bytes) -> None:
