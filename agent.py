@@ -7129,6 +7129,11 @@ class QueuedConnection(WebSocket):
     def send_data(self) -> None:
         for data in self.data_to_send():
             if self._writing:
+                if not data:
+                    # The close frame goes now, if it can: where the peer has closed its side behind its own, the
+                    # socket is closed before the writer's turn.
+                    self.outbox.stop()
+                    self.outbox.send_queued()
                 self.outbox.push_frame(data)
             elif data:  # the handshake: a few bytes that always fit the socket's buffer
                 with contextlib.suppress(ConnectionError):  # the receiver sees that it has left
@@ -8443,18 +8448,35 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
     ) -> None:
         """``early`` is what has been read: a whole request, and perhaps more."""
         self._early = early
+        self._answered = threading.Event()  # the handshake is over
         super().__init__(sock, protocol, *args, **kwargs)
 
+    def handshake(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().handshake(*args, **kwargs)
+        finally:
+            self._answered.set()
+
     def recv_events(self) -> None:
-        """The receiver: first what has been read before, then the socket."""
+        """The receiver: first what has been read before, then the socket.
+
+        What follows the request waits for the answer to that: a pong or a close would overtake it.
+        """
+        head, end, rest = self._early.partition(b"\r\n\r\n")
+        self._feed(head + end)
+        self._answered.wait()
+        if rest:
+            self._feed(rest)
+        super().recv_events()
+
+    def _feed(self, data: bytes) -> None:
         with self.protocol_mutex:
-            self.protocol.receive_data(self._early)
+            self.protocol.receive_data(data)
             events = self.protocol.events_received()
             with contextlib.suppress(OSError):  # the next read sees it
                 self.send_data()
         for event in events:
             self.process_event(event)
-        super().recv_events()
 
 
 def open_listener(address: Address) -> socket.socket:
