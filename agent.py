@@ -8448,13 +8448,18 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
     ) -> None:
         """``early`` is what has been read: a whole request, and perhaps more."""
         self._early = early
-        self._answered = threading.Event()  # the handshake is over
+        self._answered = threading.Event()  # the request has its answer, or gets none
         super().__init__(sock, protocol, *args, **kwargs)
 
     def handshake(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().handshake(*args, **kwargs)
         finally:
+            self._answered.set()
+
+    def send_data(self) -> None:
+        super().send_data()
+        if self.response is not None:  # handshake() has made it; where that is a refusal, it waits for the receiver
             self._answered.set()
 
     def recv_events(self) -> None:

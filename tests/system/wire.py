@@ -186,15 +186,27 @@ class Baseline:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._threads, self._descriptors, self._memory = figures(pid)
+        self._open = self._files()
+
+    def _files(self) -> dict[str, str]:
+        found = {}
+        for name in os.listdir(f"/proc/{self._pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = os.readlink(f"/proc/{self._pid}/fd/{name}")
+        return found
 
     def growth(self) -> int:
         """KiB of memory more than before."""
         return figures(self._pid)[2] - self._memory
 
     def assert_back(self, megabytes: int = 30) -> None:
-        eventually(lambda: figures(self._pid)[1] <= self._descriptors, "the descriptors of before")
-        eventually(lambda: figures(self._pid)[0] <= self._threads + self.IDLE_THREADS, "the threads of before")
-        eventually(lambda: self.growth() <= megabytes << 10, f"memory of before, and {megabytes} MiB")
+        try:
+            eventually(lambda: figures(self._pid)[1] <= self._descriptors, "the descriptors of before")
+            eventually(lambda: figures(self._pid)[0] <= self._threads + self.IDLE_THREADS, "the threads of before")
+            eventually(lambda: self.growth() <= megabytes << 10, f"memory of before, and {megabytes} MiB")
+        except BaseException:
+            print(f"before: {figures(self._pid)}, {self._open}\nnow: {figures(self._pid)}, {self._files()}")
+            raise
 
 
 class Stream:
