@@ -3894,6 +3894,7 @@ CHANNEL_MINIMUM = 64 << 10  # and if there are very many
 OUTBOX_LIMIT = 64 << 20  # bytes of all sessions of a connection that may wait, about
 FRAME_LIMIT = 1 << 20  # bytes of output in one data frame
 BATCH_SIZE = 256 << 10  # bytes that are worth a system call of their own
+PONGS_LIMIT = 16 << 10  # bytes of messages without a session from which on a pong replaces the one before it
 SEND_NOW_LIMIT = 16 << 10  # bytes that whoever puts them may send itself
 SEND_NOW_BINARY_LIMIT = 1 << 20  # the same in version 2, where nothing is to be encoded
 PACED_BURST = 16  # small frames of a session that go out at once, in a paced outbox
@@ -4355,9 +4356,10 @@ class Outbox:
         with self._lock:
             if self._ended:
                 return
-            # RFC 6455 §5.5.3: only the latest ping needs an answer. A peer that
-            # pings and never reads must not fill the memory.
-            if frame[:1] == b"\x8a" and self._frames and self._frames[-1][:1] == b"\x8a":
+            # RFC 6455 §5.5.3: only the latest ping needs an answer. Each gets one, but
+            # a peer that pings and never reads must not fill the memory.
+            pongs = frame[:1] == b"\x8a" and self._frames and self._frames[-1][:1] == b"\x8a"
+            if pongs and self._frames_size > PONGS_LIMIT:
                 self._frames_size -= len(self._frames.pop())
             self._frames.append(frame)
             self._frames_size += len(frame)
@@ -6894,8 +6896,8 @@ def measure(children: Mapping[str, Child], processes: bool = False) -> dict[str,
 # 12  Connection
 #     Owns one WebSocket peer each, whichever side dialled. Threads: the library's
 #     receiver, which answers pings and dispatches; the connection thread, which
-#     does so for messages in fragments; the writer, and whoever sends something
-#     itself (see Outbox). One heartbeat thread watches them all.
+#     does so for what comes before it is there; the writer, and whoever sends
+#     something itself (see Outbox). One heartbeat thread watches them all.
 # ══════════════════════════════════════════════════════════════════════════════
 
 CLOSE_TIMEOUT = 3.0  # seconds for the closing handshake
@@ -7124,6 +7126,9 @@ class QueuedConnection(WebSocket):
         self._direct = False
         self._direct_lock = threading.Lock()
         self._handler_failure: Exception | None = None
+        # A message in fragments, while it comes; the receiver's alone.
+        self._opcode = Opcode.TEXT
+        self._fragments = bytearray()
         # Before the receiver starts. The parser has begun with the reader that it found.
         protocol.reader = FrameReader()
         protocol.parser = protocol.parse()
@@ -7146,6 +7151,11 @@ class QueuedConnection(WebSocket):
     def send_data(self) -> None:
         for data in self.data_to_send():
             if self._writing:
+                if not data:
+                    # The close frame goes now, if it can: where the peer has closed its side behind its own, the
+                    # socket is closed before the writer's turn.
+                    self.outbox.stop()
+                    self.outbox.send_queued()
                 self.outbox.push_frame(data)
             elif data:  # the handshake: a few bytes that always fit the socket's buffer
                 with contextlib.suppress(ConnectionError):  # the receiver sees that it has left
@@ -7171,9 +7181,8 @@ class QueuedConnection(WebSocket):
         """Call ``handler`` with each message in its order, until the connection is closed.
 
         The receiver calls it, which saves a change of threads for every message,
-        and the caller's thread for what needs the library's help: a message in
-        fragments, one that is not UTF-8. While it runs nothing is received, pings
-        neither: it must not block.
+        and the caller's thread for what has come before. While it runs nothing is
+        received, pings neither: it must not block.
 
         Raises:
             ConnectionClosed: if the connection ends otherwise than by a closing handshake.
@@ -7194,7 +7203,14 @@ class QueuedConnection(WebSocket):
         self.last_received = time.monotonic()
         if not isinstance(event, Frame) or event.opcode not in DATA_OPCODES:
             super().process_event(event)
-        elif self._direct and (message := self._whole_message(event)) is not None:
+            return
+        if not event.fin or event.opcode is Opcode.CONT:
+            self._gather(event)
+            if not event.fin:
+                return
+            event = Frame(self._opcode, self._fragments)
+            self._fragments = bytearray()
+        if self._direct and (message := self._read(event)) is not None:
             assert self._handler is not None
             try:
                 self._handler(message)
@@ -7206,11 +7222,19 @@ class QueuedConnection(WebSocket):
                 self._direct = False
                 super().process_event(event)
 
+    def _gather(self, fragment: Frame) -> None:
+        """Put a message's fragments together. Its protocol has checked their order and their size.
+
+        The library would keep each as an object until the last one is there, a hundred times the size of a
+        fragment of one byte, and from release 17 on refuse a message of more than 4,096.
+        """
+        if fragment.opcode is not Opcode.CONT:
+            self._opcode = fragment.opcode
+        self._fragments += fragment.data
+
     @staticmethod
-    def _whole_message(frame: Frame) -> str | bytes | None:
-        """The message that a frame is; None if it is a part of one, or not UTF-8."""
-        if not frame.fin or frame.opcode is Opcode.CONT:
-            return None
+    def _read(frame: Frame) -> str | bytes | None:
+        """The message that a frame is; None if it is not UTF-8, for which the library has a close code."""
         if frame.opcode is Opcode.BINARY:
             return cast(bytes, frame.data)
         try:
@@ -8446,18 +8470,40 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
     ) -> None:
         """``early`` is what has been read: a whole request, and perhaps more."""
         self._early = early
+        self._answered = threading.Event()  # the request has its answer, or gets none
         super().__init__(sock, protocol, *args, **kwargs)
 
+    def handshake(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().handshake(*args, **kwargs)
+        finally:
+            self._answered.set()
+
+    def send_data(self) -> None:
+        super().send_data()
+        if self.response is not None:  # handshake() has made it; where that is a refusal, it waits for the receiver
+            self._answered.set()
+
     def recv_events(self) -> None:
-        """The receiver: first what has been read before, then the socket."""
+        """The receiver: first what has been read before, then the socket.
+
+        What follows the request waits for the answer to that: a pong or a close would overtake it.
+        """
+        head, end, rest = self._early.partition(b"\r\n\r\n")
+        self._feed(head + end)
+        self._answered.wait()
+        if rest:
+            self._feed(rest)
+        super().recv_events()
+
+    def _feed(self, data: bytes) -> None:
         with self.protocol_mutex:
-            self.protocol.receive_data(self._early)
+            self.protocol.receive_data(data)
             events = self.protocol.events_received()
             with contextlib.suppress(OSError):  # the next read sees it
                 self.send_data()
         for event in events:
             self.process_event(event)
-        super().recv_events()
 
 
 def open_listener(address: Address) -> socket.socket:

@@ -17,11 +17,14 @@ def no_agent_outlives_its_test() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many connections were cut, and how: from the properties that test_resume_properties.py records."""
+    """Say how many connections were cut, and how, and how many hostile inputs were sent: from what tests record."""
     counts: collections.Counter[str] = collections.Counter()
+    inputs: collections.Counter[str] = collections.Counter()
     total = 0
     for report in [report for reports in terminalreporter.stats.values() for report in reports]:
         for name, value in getattr(report, "user_properties", ()) if getattr(report, "when", "") == "teardown" else ():
+            if name == "inputs":
+                inputs[value[0]] += value[1]
             if name == "cuts":
                 how, place, direction, count = value
                 total += count
@@ -30,3 +33,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         words = "; ".join(f"{count} {what}" for what, count in counts.most_common())
         terminalreporter.write_sep("=", "connections that were cut")
         terminalreporter.write_line(f"{total} in all: {words}")
+    if inputs:
+        terminalreporter.write_sep("=", "hostile inputs")
+        for what, count in inputs.items():
+            terminalreporter.write_line(f"{count} {what}")

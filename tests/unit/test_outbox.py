@@ -19,6 +19,7 @@ from agent import (
     OUTBOX_LIMIT,
     PACED_BURST,
     PACED_RATE,
+    PONGS_LIMIT,
     SEND_NOW_LIMIT,
     Ack,
     Channel,
@@ -231,18 +232,25 @@ def test_a_masked_outbox_sends_masked_frames():
 # ── pongs ─────────────────────────────────────────────────────────────────────
 
 
-def test_only_the_latest_of_many_pongs_waits(outbox):
-    for number in range(1000):
-        outbox.push_frame(b"\x8a\x02%02d" % (number % 100))
-    _, batch = outbox.take()
-    assert batch == [b"\x8a\x0299"]
+def test_every_pong_waits_up_to_a_bound_and_then_the_latest(outbox):
+    pongs = [b"\x8a\x0a%010d" % number for number in range(20_000)]
+    fitting = PONGS_LIMIT // len(pongs[0]) + 1
+    for pong in pongs[: fitting - 1]:
+        outbox.push_frame(pong)
+    assert outbox.take()[1] == pongs[: fitting - 1]
+    for pong in pongs:
+        outbox.push_frame(pong)
+    assert outbox.take()[1] == [*pongs[: fitting - 1], pongs[-1]]
+    assert outbox.waiting() == 0
 
 
 def test_a_masked_pong_is_a_pong_too():
     outbox = Outbox(masked=True)
-    for number in range(10):
-        outbox.push_frame(b"\x8a\x81key%d" % number + b"x")
-    assert len(outbox.take()[1]) == 1
+    for number in range(5000):
+        outbox.push_frame(b"\x8a\x84key!%04d" % number)
+    *_, last = outbox.take()[1]
+    assert last == b"\x8a\x84key!4999"
+    assert outbox.waiting() == 0
 
 
 def test_a_pong_replaces_nothing_but_a_pong(outbox):
