@@ -2233,6 +2233,7 @@ class Record:
         self._lock = threading.Lock()  # guards the attributes below
         self._who = who
         self._started = 0.0  # Unix time
+        self._early: tuple[int | None, int, Error | None] | None = None  # its end, if that came before its start
         self._ended = False
         self._cause = ""
 
@@ -2248,9 +2249,11 @@ class Record:
         """What it is for has begun."""
         with self._lock:
             self._started = time.time()
-            who = self._who
+            who, early = self._who, self._early
         self._books.begin(self)
         self._tell("start", who, **describe_opening(self._request), **({"pid": pid} if pid else {}))
+        if early is not None:
+            self.end(*early)
 
     def refuse(self, reason: str, message: str) -> None:
         """It could not begin."""
@@ -2295,8 +2298,10 @@ class Record:
             self._cause = self._cause or cause
 
     def end(self, code: int | None = None, killed_by: int = 0, error: Error | None = None) -> None:
-        """It is over; what was over already, or never began, stays as it is."""
+        """It is over; what was over already, or never began, stays as it is. A start may be told after the end."""
         with self._lock:
+            if not self._started:
+                self._early = (code, killed_by, error)
             if self._ended or not self._started:
                 return
             self._ended = True
@@ -3394,14 +3399,18 @@ class ThreadPool:
 
     def _retry(self) -> None:
         while True:
-            callback = self._retries.get()
+            callbacks = [self._retries.get()]
             time.sleep(RETRY_PAUSE)
-            try:
-                callback()
-            except Exception:
-                log.exception("unexpected error in a second try")
-                self._retries.put(callback)
-            del callback
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    callbacks.append(self._retries.get_nowait())
+            for callback in callbacks:
+                try:
+                    callback()
+                except Exception:
+                    log.exception("unexpected error in a second try")
+                    self._retries.put(callback)
+            del callbacks, callback  # nothing is kept alive
 
     def submit(self, job: Callable[..., None], *args: object) -> None:
         """Run ``job`` in a thread.

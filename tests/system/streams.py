@@ -27,11 +27,11 @@ MORE_MEMORY = 1.25  # times what it had while it streamed before the fault; see 
 LINE = 100  # bytes
 CODE = 7  # of a numbered stream
 
-# Writes numbered lines until its stdin ends, so many every 20 ms; a main process never ends.
+# Writes numbered lines until its stdin ends, so many every 50 ms; a main process never ends.
 _NUMBERED = f"""
 import os, select, sys
 number, step, stdin = 0, int(sys.argv[1]), [0] if sys.argv[2] == "session" else []
-while not select.select(stdin, [], [], 0.02)[0]:
+while not select.select(stdin, [], [], 0.05)[0]:
     data = b"".join(b"%0{LINE - 1}d\\n" % line for line in range(number, number + step))
     number += step
     while data:
@@ -108,7 +108,7 @@ class _Version2:
         elif kind == "echo":
             process = self.conn.popen(["cat"])
         else:
-            process = self.conn.popen(numbered(500 if kind == "flood" else 40), tty=kind == "terminal")
+            process = self.conn.popen(numbered(1000 if kind == "flood" else 40), tty=kind == "terminal")
             self._stops.append(process.stdin.close)
         self.streams.append(stream)
         target = self._echo if kind == "echo" else self._read
@@ -149,7 +149,7 @@ class _Version2:
             assert process.stdout.read(len(block)) == block
             stream.count += len(block)
             number += 1
-            time.sleep(0.005)
+            time.sleep(0.01)
         process.stdin.close()
         assert process.stdout.read() == b""
         assert process.wait(DEADLINE) == 0
