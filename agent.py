@@ -2535,6 +2535,13 @@ _SPAWN_STRUCT_SIZE = 512  # posix_spawnattr_t is 336 bytes in both, file actions
 _SIGSET_SIZE = 128
 
 
+def explain_want(exc: BaseException) -> str:
+    """What the system had too little of, for the end of a sentence."""
+    if isinstance(exc, MemoryError):
+        return "out of memory"
+    return (exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)).lower()
+
+
 class SpawnError(AgentError):
     """A command that could not be started.
 
@@ -3009,13 +3016,14 @@ class Reaper:
     def _run(self) -> None:
         while True:
             try:
-                os.read(self._wake_read, 65536)
+                os.read(self._wake_read, 4096)
                 if self._adopting:
                     self._reap()
                 else:
                     self._reap_own()
-            except Exception:
-                log.exception("reaper: unexpected error")
+            except Exception as exc:
+                if not isinstance(exc, MemoryError):
+                    log.exception("reaper: unexpected error")
                 with contextlib.suppress(BlockingIOError):  # what it has not come to, it is to look at again
                     os.write(self._wake_write, b"\0")
                 time.sleep(ERROR_PAUSE)
@@ -3235,26 +3243,33 @@ def end_processes(children: Sequence[Marked] | None, grace: float) -> None:
     pause = 0.01
     found: set[_ProcessInfo] = set()
     empty = 0  # scans in a row that found nothing: one may miss a process that forks and moves on
+    troubled = False  # a scan has failed, and the log was told
     while empty < (SURE_SCANS if hung_up else 1):
+        failed = False
         try:
             # With what was found before: a parent that has ended no longer shows whose its children are.
             found = find_processes(children, found)
-        except OSError as exc:  # no descriptor left
-            log.error("cannot look for processes to end, trying again: %s", exc.strerror)
+        except (OSError, MemoryError) as exc:  # no descriptor left, or nothing to read into
+            if not troubled:
+                log.error("cannot look for processes to end, trying again: %s", explain_want(exc))
+            troubled = failed = True
             found = found or hung_up
-        empty = 0 if found else empty + 1
+        empty = 0 if found or failed else empty + 1
         killing = time.monotonic() >= deadline
         for process in found:
-            if killing:
-                _signal_process(process, signal.SIGKILL)
-            elif process not in hung_up:
-                _signal_process(process, signal.SIGHUP)
-                _signal_process(process, signal.SIGCONT)
-        hung_up |= found
+            try:
+                if killing:
+                    _signal_process(process, signal.SIGKILL)
+                elif process not in hung_up:
+                    _signal_process(process, signal.SIGHUP)
+                    _signal_process(process, signal.SIGCONT)
+            except (OSError, MemoryError):  # the same: another time
+                continue
+            hung_up.add(process)
         if killing and time.monotonic() > deadline + KILL_LIMIT:
             log.error("cannot end processes %s", sorted(process.pid for process in found))
             return
-        time.sleep(pause if found else 0.001)  # processes that are not our children announce no exit
+        time.sleep(pause if found or failed else 0.001)  # processes that are not our children announce no exit
         pause = min(pause * 1.5, 0.2)
 
 
@@ -4757,13 +4772,6 @@ class ProcessState(enum.Enum):
     RUNNING = "running"
     DRAINING = "draining"  # it has ended, its output has not
     EXITED = "exited"
-
-
-def explain_want(exc: BaseException) -> str:
-    """What the system had too little of, for the end of a sentence."""
-    if isinstance(exc, MemoryError):
-        return "out of memory"
-    return (exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)).lower()
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
@@ -8973,9 +8981,10 @@ class Doorway:
             try:
                 if not self._attend_all():
                     return
-            except Exception:  # nothing may end this thread: nobody would get in any more
-                with contextlib.suppress(MemoryError):
-                    log.exception("unexpected error while accepting")
+            except MemoryError:  # nothing may end this thread: nobody would get in any more
+                time.sleep(ERROR_PAUSE)
+            except Exception:
+                log.exception("unexpected error while accepting")
                 time.sleep(ERROR_PAUSE)
 
     def _attend_all(self) -> bool:
@@ -8998,6 +9007,8 @@ class Doorway:
                     self._attend(self._guests[fd])
                 else:
                     self._accept()
+            except MemoryError:  # it is ready still, the next time
+                time.sleep(ERROR_PAUSE)
             except Exception:
                 log.exception("unexpected error while accepting")
         if time.monotonic() >= self._next_sweep:
@@ -9072,7 +9083,7 @@ class Doorway:
         """A guest has sent something, has left, or takes more of its answer."""
         if guest.answered or self._tls is None:
             try:
-                data = socket.socket.recv(guest.socket, READ_SIZE)
+                data = socket.socket.recv(guest.socket, HEAD_LIMIT)
             except BlockingIOError:
                 data = None
             except OSError:

@@ -20,7 +20,19 @@ from typing import Any
 
 import pytest
 from streams import LEAN_MALLOC, MAIN, Streams, metric, scrape
-from support import AGENT, DEADLINE, TOKEN, Agent, RawClient, as_user, eventually, need, need_root, wait_gone
+from support import (
+    AGENT,
+    DEADLINE,
+    TOKEN,
+    Agent,
+    RawClient,
+    as_user,
+    eventually,
+    is_alive,
+    need,
+    need_root,
+    wait_gone,
+)
 
 from agent_client import AgentConn, AgentProcess, ClientError, ConnectFailed, SessionError
 
@@ -432,3 +444,26 @@ def test_a_log_that_is_closed_is_counted_and_stops_nothing(quiet: Callable[..., 
         agent.make_log(100)
         eventually(lambda: agent.lost() >= before + 100, "all lines are counted")
         streams.wait_for_progress()
+
+
+# Memory.
+
+
+@pytest.mark.once
+def test_without_memory_work_waits_or_is_told_and_the_agent_lives_on(start_agent: StartAgent) -> None:
+    agent = start_agent(*MAIN, env=LEAN_MALLOC)
+    with streams_on(agent, lost="v1") as streams, AgentConn.dial(agent.address, TOKEN) as conn:
+        pages = int(Path(f"/proc/{agent.pid}/statm").read_text().split()[0])
+        with limited(agent.pid, resource.RLIMIT_AS, pages * resource.getpagesize()):
+            flood = conn.popen(["head", "-c", "100000000", "/dev/zero"])
+            for _ in range(30):
+                tries(end_cat_of, conn)
+            with contextlib.suppress(SessionError):
+                assert sum(len(data) for data in iter(lambda: flood.stdout.read1(1 << 20), b"")) == 100_000_000
+                assert flood.wait(DEADLINE) == 0
+        streams.wait_for_progress()
+        end_cat(start_cat(conn))
+
+
+def end_cat_of(conn: AgentConn) -> None:
+    end_cat(start_cat(conn))
