@@ -176,6 +176,7 @@ class Reason(enum.StrEnum):
     LIFETIME_EXPIRED = "lifetime_expired"  # the platform is about to end the agent
     LIMIT = "limit"
     STDIN_OVERFLOW = "stdin_overflow"  # the command did not read what was sent
+    OUTPUT_LOST = "output_lost"  # output that has been read could not be kept; the command is killed
     ID_TAKEN = "id_taken"  # by another detached command that runs
     NO_DETACHED_COMMAND = "no_detached_command"  # attach to one that is not there
     NO_SUCH_PATH = "no_such_path"  # of an archive
@@ -1740,20 +1741,25 @@ class LogFormatter(logging.Formatter):
 LOG_BACKLOG = 4096  # records that may wait for stderr to take them
 LOG_GATHERED = 256  # records that are enough to be written at once
 LOG_PAUSE = 0.02  # seconds in which records gather: a thread that wakes for each takes a tenth of an exec's time
+LOG_RETRY = 0.5  # seconds from a failure to write to the next try
 
 
 class LogHandler(logging.Handler):
     """Writes records to stderr from a thread of its own: whoever logs never waits for a reader that stands still.
 
-    Beyond LOG_BACKLOG records are dropped, and counted in the log once it is read again.
+    What a full disk does not take waits, and is tried again. Beyond LOG_BACKLOG
+    records are dropped, as is what a closed pipe refuses; that is counted, and
+    said in the log once it is written again.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._stream = sys.stderr
+        self._rest = b""  # formatted, and not written yet; the writing thread's
         self._changed = threading.Condition()  # guards the attributes below
         self._records: collections.deque[logging.LogRecord] = collections.deque()
         self._dropped = 0  # since it was last said
+        self._why = ""  # they were
         self.lost = 0  # in all
         self._writing = False
         self._started = False
@@ -1763,13 +1769,13 @@ class LogHandler(logging.Handler):
         """Queue a record. Does without the lock of the base class, which is held while it writes."""
         with self._changed:
             if len(self._records) >= LOG_BACKLOG:
-                self._dropped += 1
-                self.lost += 1
+                self._drop(1, self._why or "stderr was not read")
                 return False
             self._records.append(record)
             if not self._started:
-                threading.Thread(target=self._run, name="log", daemon=True).start()
-                self._started = True
+                with contextlib.suppress(RuntimeError):  # no thread to be had: the next record tries again
+                    threading.Thread(target=self._run, name="log", daemon=True).start()
+                    self._started = True
             if len(self._records) == 1:
                 self._changed.notify_all()
             if len(self._records) == LOG_GATHERED or record.levelno >= logging.WARNING:
@@ -1780,7 +1786,17 @@ class LogHandler(logging.Handler):
         """Wait until everything is written, ``timeout`` seconds at most."""
         self._hurry.set()
         with self._changed:
-            self._changed.wait_for(lambda: not self._records and not self._writing, timeout)
+            started = self._started
+            if started:
+                self._changed.wait_for(lambda: not self._records and not self._writing, timeout)
+        if not started:  # there was no thread: the one who waits is as good
+            self._write_records()
+
+    def _drop(self, count: int, why: str) -> None:
+        """Count lines that will not be written. Holds the lock."""
+        self._dropped += count
+        self.lost += count
+        self._why = why
 
     def _run(self) -> None:
         while True:
@@ -1790,20 +1806,53 @@ class LogHandler(logging.Handler):
                 self._changed.wait_for(lambda: self._records)
             self._hurry.wait(LOG_PAUSE)
             self._hurry.clear()
+            while not self._write_records():
+                time.sleep(LOG_RETRY)
+
+    def _write_records(self) -> bool:
+        """Write what waits; False if it, or a part of it, waits still."""
+        records: list[logging.LogRecord] = []
+        try:
             with self._changed:
-                records, dropped = list(self._records), self._dropped
-                self._records.clear()
-                self._dropped = 0
                 self._writing = True
-            try:
+                if not self._rest:
+                    records, dropped, why = list(self._records), self._dropped, self._why
+                    self._records.clear()
+                    self._dropped = 0
+            if records:
                 lines = [self.format(record) for record in records]
                 if dropped:
-                    words = (f"{dropped} lines are missing here: stderr was not read", (), None)
+                    words = (f"{dropped} lines are missing here: {why}", (), None)
                     lines.append(self.format(logging.LogRecord(log.name, logging.WARNING, "", 0, *words)))
-                self._stream.write("".join(line + "\n" for line in lines))
-                self._stream.flush()
-            except (OSError, ValueError, RuntimeError):  # closed, or broken: there is nobody to tell
-                continue
+                self._rest = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+            self._write_rest()
+        except OSError as exc:
+            why = f"stderr could not be written: {exc.strerror or exc}"
+            with self._changed:
+                if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.ENOBUFS):
+                    self._why = why
+                    return False  # another time it may
+                self._drop(self._rest.count(b"\n"), why)
+                self._rest = b""
+        except Exception as exc:  # MemoryError; or a record that makes no sense: logging must not end for it
+            with self._changed:
+                self._drop(len(records), f"unexpected error: {exc!r}")
+        return True
+
+    def _write_rest(self) -> None:
+        """Write, without the stream's own buffer: that would keep what has failed, and tear lines."""
+        try:
+            fd = self._stream.fileno()
+        except (OSError, ValueError):  # not a file's
+            text, self._rest = self._rest.decode(), b""
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        while self._rest:
+            try:
+                self._rest = self._rest[os.write(fd, self._rest) :]
+            except BlockingIOError:  # whoever shares it made it non-blocking
+                select.select((), (fd,), ())
 
 
 def set_up_logging(config: Config) -> LogHandler:
@@ -2029,10 +2078,18 @@ class AuditLog:
                 return
             self._entries.append(line)
             self._size += len(line)
-            if not self._started:  # not before: no thread may exist when the agent takes over its signals
+            self._changed.notify_all()
+
+    def start(self) -> None:
+        """Start to write; not before the agent has taken over its signals.
+
+        Raises:
+            RuntimeError: if the system refuses the thread.
+        """
+        with self._changed:
+            if not self._started:
                 threading.Thread(target=self._run, name="audit", daemon=True).start()
                 self._started = True
-            self._changed.notify_all()
 
     def flush(self, timeout: float) -> None:
         """The agent ends: wait until everything is written, ``timeout`` seconds at most."""
@@ -2050,9 +2107,10 @@ class AuditLog:
                 if lost and not self._rest:
                     self._note_loss(lost)
                 self._write(line)
-            except OSError as exc:
+            except (OSError, MemoryError) as exc:
                 if not self._failing:
-                    log.error("audit log: cannot write to %s, trying again: %s", self._path, exc.strerror)
+                    why = getattr(exc, "strerror", None) or repr(exc)
+                    log.error("audit log: cannot write to %s, trying again: %s", self._path, why)
                 self._failing = True
                 time.sleep(AUDIT_RETRY)
                 continue
@@ -2107,6 +2165,9 @@ class AuditLines:
         record.audit = entry
         if not self._handler.handle(record):
             self._counters.count(AUDIT_LOST)
+
+    def start(self) -> None:
+        """The log's thread writes them."""
 
     def flush(self, timeout: float) -> None:
         self._handler.flush(timeout)
@@ -2172,6 +2233,7 @@ class Record:
         self._lock = threading.Lock()  # guards the attributes below
         self._who = who
         self._started = 0.0  # Unix time
+        self._early: tuple[int | None, int, Error | None] | None = None  # its end, if that came before its start
         self._ended = False
         self._cause = ""
 
@@ -2187,9 +2249,11 @@ class Record:
         """What it is for has begun."""
         with self._lock:
             self._started = time.time()
-            who = self._who
+            who, early = self._who, self._early
         self._books.begin(self)
         self._tell("start", who, **describe_opening(self._request), **({"pid": pid} if pid else {}))
+        if early is not None:
+            self.end(*early)
 
     def refuse(self, reason: str, message: str) -> None:
         """It could not begin."""
@@ -2234,8 +2298,10 @@ class Record:
             self._cause = self._cause or cause
 
     def end(self, code: int | None = None, killed_by: int = 0, error: Error | None = None) -> None:
-        """It is over; what was over already, or never began, stays as it is."""
+        """It is over; what was over already, or never began, stays as it is. A start may be told after the end."""
         with self._lock:
+            if not self._started:
+                self._early = (code, killed_by, error)
             if self._ended or not self._started:
                 return
             self._ended = True
@@ -2266,6 +2332,11 @@ class Books:
         self._audit = audit
         self._lock = threading.Lock()  # guards _open
         self._open: set[Record] = set()
+
+    def start(self) -> None:
+        """Start to write the audit log, if there is one. Raises RuntimeError if the system refuses the thread."""
+        if self._audit is not None:
+            self._audit.start()
 
     def begin(self, record: Record) -> None:
         with self._lock:
@@ -2464,6 +2535,13 @@ _SPAWN_STRUCT_SIZE = 512  # posix_spawnattr_t is 336 bytes in both, file actions
 _SIGSET_SIZE = 128
 
 
+def explain_want(exc: BaseException) -> str:
+    """What the system had too little of, for the end of a sentence."""
+    if isinstance(exc, MemoryError):
+        return "out of memory"
+    return (exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)).lower()
+
+
 class SpawnError(AgentError):
     """A command that could not be started.
 
@@ -2605,7 +2683,8 @@ def _explain(command: Command, error: int) -> SpawnError:
     if error in (errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.EISDIR, errno.ELOOP, errno.ETXTBSY):
         detail = "is a directory" if os.path.isdir(path) else os.strerror(error).lower()
         return SpawnError(f"{name}: not executable: {detail}", Reason.NOT_EXECUTABLE)
-    return SpawnError(f"{name}: cannot start: {os.strerror(error).lower()}", Reason.START_FAILED)
+    what = "the limit of processes is reached" if error == errno.EAGAIN else os.strerror(error).lower()
+    return SpawnError(f"{name}: cannot start: {what}", Reason.START_FAILED)
 
 
 def _show(path: bytes) -> str:
@@ -2725,9 +2804,14 @@ def _fork_as_user(command: Command, descriptors: Descriptors) -> int:
     who = command.credentials
     assert who is not None
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads, since 3.12; see above
-        pid = os.fork()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads, since 3.12; see above
+            pid = os.fork()
+    except OSError as exc:
+        os.close(reading)
+        os.close(writing)
+        raise _explain(command, exc.errno or errno.EAGAIN) from None
     if pid == 0:
         step = 0
         try:
@@ -2932,13 +3016,17 @@ class Reaper:
     def _run(self) -> None:
         while True:
             try:
-                os.read(self._wake_read, 65536)
+                os.read(self._wake_read, 4096)
                 if self._adopting:
                     self._reap()
                 else:
                     self._reap_own()
-            except Exception:
-                log.exception("reaper: unexpected error")
+            except Exception as exc:
+                if not isinstance(exc, MemoryError):
+                    log.exception("reaper: unexpected error")
+                with contextlib.suppress(BlockingIOError):  # what it has not come to, it is to look at again
+                    os.write(self._wake_write, b"\0")
+                time.sleep(ERROR_PAUSE)
 
     def _reap_own(self) -> None:
         with self._lock:
@@ -2978,6 +3066,8 @@ class Reaper:
 
 
 DESCRIPTORS = 65536  # the agent's own soft limit, if the hard one allows it: a session takes four
+SPARE_DESCRIPTORS = 32  # the last ones, an eighth at most, which no session and no connection takes
+ERROR_PAUSE = 0.1  # seconds that a thread rests after an error, which may come again at once
 _child_limit: tuple[int, int] | None = None  # a child's RLIMIT_NOFILE, if it differs from the agent's
 
 
@@ -2989,6 +3079,19 @@ def raise_descriptor_limit() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         _child_limit = (soft, hard)
+
+
+def check_descriptor(fd: int) -> None:
+    """Keep the last descriptors for what must go on at the limit: ending processes, answering, the audit log.
+
+    Linux gives the lowest number that is free, so a high one says that those below are taken.
+
+    Raises:
+        OSError: EMFILE, if ``fd``, which has just been opened, is among the last.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and fd >= soft - min(SPARE_DESCRIPTORS, soft // 8):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
@@ -3140,26 +3243,33 @@ def end_processes(children: Sequence[Marked] | None, grace: float) -> None:
     pause = 0.01
     found: set[_ProcessInfo] = set()
     empty = 0  # scans in a row that found nothing: one may miss a process that forks and moves on
+    troubled = False  # a scan has failed, and the log was told
     while empty < (SURE_SCANS if hung_up else 1):
+        failed = False
         try:
             # With what was found before: a parent that has ended no longer shows whose its children are.
             found = find_processes(children, found)
-        except OSError as exc:  # no descriptor left
-            log.error("cannot look for processes to end, trying again: %s", exc.strerror)
+        except (OSError, MemoryError) as exc:  # no descriptor left, or nothing to read into
+            if not troubled:
+                log.error("cannot look for processes to end, trying again: %s", explain_want(exc))
+            troubled = failed = True
             found = found or hung_up
-        empty = 0 if found else empty + 1
+        empty = 0 if found or failed else empty + 1
         killing = time.monotonic() >= deadline
         for process in found:
-            if killing:
-                _signal_process(process, signal.SIGKILL)
-            elif process not in hung_up:
-                _signal_process(process, signal.SIGHUP)
-                _signal_process(process, signal.SIGCONT)
-        hung_up |= found
+            try:
+                if killing:
+                    _signal_process(process, signal.SIGKILL)
+                elif process not in hung_up:
+                    _signal_process(process, signal.SIGHUP)
+                    _signal_process(process, signal.SIGCONT)
+            except (OSError, MemoryError):  # the same: another time
+                continue
+            hung_up.add(process)
         if killing and time.monotonic() > deadline + KILL_LIMIT:
             log.error("cannot end processes %s", sorted(process.pid for process in found))
             return
-        time.sleep(pause if found else 0.001)  # processes that are not our children announce no exit
+        time.sleep(pause if found or failed else 0.001)  # processes that are not our children announce no exit
         pause = min(pause * 1.5, 0.2)
 
 
@@ -3218,15 +3328,24 @@ def start_watchdog(grace: float) -> Roll:
     """
     roll = Roll()
     watched, alive = os.pipe2(os.O_CLOEXEC)
-    forked = os.fork()
-    if forked == 0:
-        try:
-            if os.fork() == 0:
-                _watch(watched, roll, grace)
-        finally:
-            os._exit(0)
-    os.close(watched)
-    os.waitpid(forked, 0)
+    try:
+        forked = os.fork()
+        if forked == 0:
+            failure = errno.EAGAIN
+            try:
+                if os.fork() == 0:
+                    _watch(watched, roll, grace)
+                failure = 0
+            finally:
+                os._exit(failure)
+        _, status = os.waitpid(forked, 0)
+        if status:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    except OSError:
+        os.close(alive)
+        raise
+    finally:
+        os.close(watched)
     os.set_inheritable(alive, False)  # and never closed: it breaks with this process
     return roll
 
@@ -3264,6 +3383,7 @@ PIPE_SIZE = 1 << 20  # bytes that a busy pipe is grown to (F_SETPIPE_SZ)
 FIRST_READ = 64 << 10  # bytes in the first read: a new pipe's capacity (pipe(7))
 BUSY_READ = 512 << 10  # bytes in each once the pipe is grown: a quarter less time for a byte than with 256 KiB
 IDLE_THREAD_LIFE = 10.0  # seconds that a thread stays parked
+RETRY_PAUSE = 0.1  # seconds after which a thread is asked for again where the system refused one
 DEFAULT_WINDOW = (80, 24)  # columns, rows
 
 
@@ -3271,12 +3391,41 @@ class ThreadPool:
     """Threads that are taken from a park and go back to it: ten times cheaper than new ones.
 
     There is no upper bound: every job may block for as long as a command runs.
+    The system may have one, and who must have a thread nevertheless is called again.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the attributes below
         self._idle: dict[_PoolThread, None] = {}  # a dict, so that thousands that retire at once cost little
         self._count = 0  # threads, parked ones among them
+        self._retries: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def start_retrying(self) -> None:
+        """Start the thread that retry_later() needs: before the system refuses any.
+
+        Raises:
+            RuntimeError: if it does already.
+        """
+        threading.Thread(target=self._retry, name="retry", daemon=True).start()
+
+    def retry_later(self, callback: Callable[[], None]) -> None:
+        """Call ``callback``, which submits what was refused a thread, after a while; it must not block."""
+        self._retries.put(callback)
+
+    def _retry(self) -> None:
+        while True:
+            callbacks = [self._retries.get()]
+            time.sleep(RETRY_PAUSE)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    callbacks.append(self._retries.get_nowait())
+            for callback in callbacks:
+                try:
+                    callback()
+                except Exception:
+                    log.exception("unexpected error in a second try")
+                    self._retries.put(callback)
+            del callbacks, callback  # nothing is kept alive
 
     def submit(self, job: Callable[..., None], *args: object) -> None:
         """Run ``job`` in a thread.
@@ -3299,7 +3448,7 @@ class ThreadPool:
                 taken.append(_PoolThread(self))
                 with self._lock:
                     self._count += 1
-        except RuntimeError:
+        except Exception:  # MemoryError, too
             self.release(taken)
             raise
         return taken
@@ -3353,7 +3502,8 @@ class _PoolThread:
             try:
                 job(*args)
             except Exception:
-                log.exception("unexpected error in a pool thread")
+                with contextlib.suppress(MemoryError):
+                    log.exception("unexpected error in a pool thread")
             del job, args  # a parked thread keeps nothing alive
             reserved = False
             self._pool._park(self)
@@ -3419,8 +3569,8 @@ class PipeReader:
         self._quiet_since = math.inf  # on the monotonic clock; infinite while the process runs
         self._poller = select.poll()
 
-    def run(self, on_end: Callable[[], None]) -> None:
-        """Read until the end, close the pipes and call ``on_end``."""
+    def run(self, on_end: Callable[[], None], on_failure: Callable[[Exception], None]) -> None:
+        """Read until the end, close the pipes and call ``on_end``; before that ``on_failure``, if output is lost."""
         self._exited.hold()
         for fd in (*self._streams, self._exited.fd):
             self._poller.register(fd, select.POLLIN)
@@ -3435,6 +3585,8 @@ class PipeReader:
                         self._quiet_since = time.monotonic()
                     else:
                         self._read(fd)
+        except Exception as exc:
+            on_failure(exc)
         finally:
             for fd in list(self._streams):
                 self._close(fd)
@@ -3451,7 +3603,12 @@ class PipeReader:
         """Read a pipe that is ready, once what is read is welcome."""
         self._sink.wait_for_room()
         size = self._sizes[fd]
-        data = os.read(fd, size)
+        try:
+            data = os.read(fd, size)
+        except MemoryError:  # before anything was read: less may be had, or this in a while
+            self._sizes[fd] = FIRST_READ
+            time.sleep(ERROR_PAUSE)
+            return
         if not data:
             self._poller.unregister(fd)
             self._close(fd)
@@ -3504,6 +3661,7 @@ class Input:
         self._ending = False  # close after the queue
         self._dead = False  # the child is gone: whatever comes is dropped, as in a broken pipe
         self._writing = False  # a pool thread has the queue
+        self._refused = False  # it could not have one, and that was said; whoever starts the writer sets it
 
     def open(self, fd: int, exited: Wakeup, terminal: bool = False) -> None:
         """Start to write to ``fd``, a non-blocking descriptor that now belongs to this object."""
@@ -3602,9 +3760,23 @@ class Input:
         try:
             self._pool.submit(self._write_queue)
         except RuntimeError as exc:
-            log.error("stdin: no thread to write %d bytes, until more input comes: %s", self._queued, exc,
-                      extra=self.extra)  # fmt: skip
             self._stop_writer(restart=False)
+            if not self._refused:
+                log.error("stdin: no thread to write %d bytes, trying again: %s", self._queued, exc, extra=self.extra)
+            self._refused = True
+            self._pool.retry_later(self._write_rest)
+        else:
+            self._refused = False
+
+    def _write_rest(self) -> None:
+        """Write what waits, with another try to have a thread for what the child does not take at once."""
+        with self._lock:
+            if not self._writing:
+                self._write_some()
+            start = self._claim_writer()
+        if start:
+            self._start_writer()
+        self._tell()
 
     def _write_queue(self) -> None:
         """Write as the child reads, until the queue is empty or the child is gone."""
@@ -3849,6 +4021,9 @@ class TerminalPump:
         try:
             data = os.read(terminal.fd, FIRST_READ)
         except BlockingIOError:
+            return
+        except MemoryError:  # before anything was read
+            time.sleep(ERROR_PAUSE)
             return
         except OSError:  # EIO: the last slave was closed, which is a terminal's end of file
             data = b""
@@ -4572,11 +4747,18 @@ class Runtime:
         self.endings.begin()
         try:
             self.pool.submit(self._end, children)
-        except RuntimeError:  # no thread to be had: no grace either
+        except RuntimeError as exc:
+            log.error("no thread to end processes in: the commands are killed, what they left has to wait: %s", exc)
             for child in children:
                 with contextlib.suppress(PermissionError):
                     child.send_signal(signal.SIGKILL)
-            self.endings.finish()
+            self.pool.retry_later(lambda: self._end_again(children))
+
+    def _end_again(self, children: Sequence[Child]) -> None:
+        try:
+            self.pool.submit(self._end, children)
+        except RuntimeError:
+            self.pool.retry_later(lambda: self._end_again(children))
 
     def _end(self, children: Sequence[Child]) -> None:
         try:
@@ -4605,7 +4787,8 @@ def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[i
 class Process:
     """A child with its pumps: output goes to a sink, input comes from :attr:`input`.
 
-    ``on_exit(code)`` is called when the process has ended, ``on_finished(code)``
+    Making one raises OSError where the system has no descriptors left for it.
+    It is to be started, or dropped. ``on_exit(code)`` is called when the process has ended, ``on_finished(code)``
     when all its output is in the sink too; each once, in this order, from
     whichever thread sees it, and they must not block.
     """
@@ -4625,6 +4808,11 @@ class Process:
         self._on_finished = on_finished
         self._on_exit = on_exit
         self._exited = Wakeup()  # wakes the pumps; this object is one of its holders until EXITED
+        try:
+            check_descriptor(self._exited.fd)
+        except OSError:
+            self._exited.release()
+            raise
         self._outputs: dict[int, Stream] = {}  # for pump(), set by start()
         # Guards the attributes below.
         self._lock = threading.Lock()
@@ -4637,6 +4825,7 @@ class Process:
         self._abandoned = False  # end() came before the child exists
         self._output_open = True
         self._code: int | None = None
+        self.fault = ""  # why output is lost; written once, before the output ends
 
     @property
     def pid(self) -> int:
@@ -4647,6 +4836,10 @@ class Process:
     def killed_by(self) -> int:
         """The signal that ended it, 0 if it ended by itself or has not ended."""
         return self._child.killed_by if self._child is not None else 0
+
+    def drop(self) -> None:
+        """It will not be started."""
+        self._exited.release()
 
     def start(
         self,
@@ -4668,10 +4861,13 @@ class Process:
                 self._start_on_terminal(command)
             else:
                 self._start_on_pipes(command)
-        except (OSError, RuntimeError) as exc:  # no descriptor, terminal or thread left
-            self._exited.release()
-            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-            raise SpawnError(f"{cmd[0]}: cannot start: {reason.lower()}", Reason.START_FAILED) from None
+        except (OSError, RuntimeError, MemoryError) as exc:  # no descriptor, terminal, thread or memory left
+            if self._child is None:
+                self._exited.release()
+                raise SpawnError(f"{cmd[0]}: cannot start: {explain_want(exc)}", Reason.START_FAILED) from None
+            self.fail(exc)  # it runs already: it is ended, and its end told
+            if self.tty and self._pumped is None:
+                self._output_ended()
         except SpawnError:
             self._exited.release()
             raise
@@ -4688,9 +4884,9 @@ class Process:
                 descriptors = Descriptors(child_stdin, child_stdout, child_stderr)
                 child = self._runtime.reaper.spawn(command, descriptors, self._child_exited)
             undo.pop_all()
+        self._outputs = {stdout: Stream.STDOUT, stderr: Stream.STDERR}
         with self._lock:
             self._child = child
-        self._outputs = {stdout: Stream.STDOUT, stderr: Stream.STDERR}
         os.set_blocking(stdin, False)
         self.input.open(stdin, self._exited)
 
@@ -4737,7 +4933,15 @@ class Process:
         """Move output until it ends; the caller's thread becomes its reader. On a terminal, return at once."""
         if not self.tty:
             drain_timeout = self._runtime.config.drain_timeout
-            PipeReader(self._outputs, self._sink, self._exited, drain_timeout).run(self._output_ended)
+            PipeReader(self._outputs, self._sink, self._exited, drain_timeout).run(self._output_ended, self.fail)
+
+    def fail(self, error: Exception) -> None:
+        """Kill it, since it cannot be seen to: output with a gap in it is worse than none."""
+        self.fault = self.fault or f"the command is killed: its output is lost: {explain_want(error)}"
+        with contextlib.suppress(MemoryError):
+            log.error("a process cannot be seen to, and is killed", exc_info=error, extra=self.input.extra)
+        with contextlib.suppress(PermissionError):
+            self.send_signal(signal.SIGKILL)
 
     def send_signal(self, number: int, alone: bool = False) -> None:
         """Signal the process group; on a terminal its foreground group, as the terminal would.
@@ -4892,10 +5096,13 @@ class ExecSession:
             self._not_started(exc)
             log.info("exec failed: %s", exc, extra=self.record.extra)
             return
-        self.started_at = time.time()
-        self.record.start(self._process.pid)
-        self._started()
-        log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra=self.record.extra)
+        try:
+            self.started_at = time.time()
+            self.record.start(self._process.pid)
+            self._started()
+            log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra=self.record.extra)
+        except MemoryError as exc:
+            self._process.fail(exc)
         self._process.pump()
 
     def _started(self) -> None:
@@ -4911,8 +5118,15 @@ class ExecSession:
         log.info("exec ended: exit code %d%s%s", code, by, record.cause, extra=record.extra)
         record.end(code, killed_by)
 
+    def _lost(self) -> Error:
+        """What its client is told of output that is lost."""
+        self.record.error(Reason.OUTPUT_LOST)
+        return Error(self.id, self._process.fault, Reason.OUTPUT_LOST)
+
     def _finished(self, code: int) -> None:
         self._note_end(code)
+        if self._process.fault:
+            self.channel.send(self._lost())
         # The id is free once its exit is on its way: another session's output must not come before it.
         self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
 
@@ -4968,6 +5182,10 @@ class LoggedProcess:
         self.started_at = self.ended_at = 0.0  # Unix times; each written once
         self._runtime = runtime
         self._process = Process(runtime, self.log, self._on_finished, self._on_exit, tty)
+
+    def drop(self) -> None:
+        """See :meth:`Process.drop`."""
+        self._process.drop()
 
     @property
     def pid(self) -> int:
@@ -5367,7 +5585,8 @@ class FlowExecSession(ExecSession):
 
     def _finished(self, code: int) -> None:
         self._note_end(code)
-        self.tie.flow.finish(Exit(self.id, code))  # and kept, until its client says that it has it
+        # Kept until its client says that it has it.
+        self.tie.flow.finish(Exit(self.id, code) if not self._process.fault else self._lost())
         if self.tie.ending:
             self.host.settle(self)
 
@@ -5482,7 +5701,11 @@ class DetachingSession:
         self._commands = commands
         self.record = host.open_record(request)
         self._command = DetachedCommand(runtime, request, self.record, self._ended)
-        commands.add(self._command)
+        try:
+            commands.add(self._command)
+        except LookupError:
+            self._command.drop()
+            raise
 
     def run(self) -> None:
         """Start the command and read its stdout, in a pool thread."""
@@ -6674,10 +6897,10 @@ class HealthChecker:
             (thread,) = self._runtime.pool.reserve(1)
         except RuntimeError as exc:
             return result(-1, f"Health check could not start: {exc}")
-        process = Process(self._runtime, output, on_finished)
         try:
+            process = Process(self._runtime, output, on_finished)
             process.start(("/bin/sh", "-c", config.health_cmd))
-        except SpawnError as exc:
+        except (OSError, SpawnError) as exc:
             self._runtime.pool.release([thread])
             return result(-1, f"Health check could not start: {exc}")
         process.input.end()
@@ -7286,7 +7509,7 @@ class QueuedConnection(WebSocket):
                     else:
                         buffers += self._to_buffers(item)
                 self._send(buffers)
-        except OSError as exc:
+        except (OSError, MemoryError) as exc:
             self._fail(exc)
 
     def _to_buffers(self, item: bytes | _Turn) -> list[BytesLike]:
@@ -7301,21 +7524,24 @@ class QueuedConnection(WebSocket):
 
     def _send_now(self, batch: list[bytes | _Turn]) -> list[BytesLike]:
         """Send without waiting, in whichever thread; returns what is left."""
-        buffers = [buffer for item in batch for buffer in self._to_buffers(item)]
+        buffers: list[BytesLike] = []
         try:
+            for item in batch:
+                buffers += self._to_buffers(item)
             count = self.socket.sendmsg(buffers[:IOV_MAX], (), socket.MSG_DONTWAIT)
             if count > CONTROL_SIZE:
                 self._sent += count
             _drop(buffers, count)
         except BlockingIOError:
             pass
-        except OSError as exc:
+        except (OSError, MemoryError) as exc:
             self._fail(exc)
             return []
         return buffers
 
-    def _fail(self, exc: OSError) -> None:
-        log.debug("connection lost while sending: %s", exc, extra={"peer": self.who.name})
+    def _fail(self, exc: OSError | MemoryError) -> None:
+        level = logging.ERROR if isinstance(exc, MemoryError) else logging.DEBUG
+        log.log(level, "connection lost while sending: %s", explain_want(exc), extra={"peer": self.who.name})
         # The receiver sees the end of the stream and closes everything.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -7369,9 +7595,18 @@ class Heartbeat:
         self._started = False
 
     def add(self, connection: QueuedConnection) -> None:
-        """Watch a connection until remove(); starts the thread with the first one."""
+        """Watch a connection until remove(); starts the thread if start() has not."""
+        self.start()
         with self._lock:
             self._connections[connection] = time.monotonic() + self._interval
+
+    def start(self) -> None:
+        """Start the thread, so that add() does not have to.
+
+        Raises:
+            RuntimeError: if the system refuses it.
+        """
+        with self._lock:
             if not self._started:
                 threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
                 self._started = True
@@ -7383,15 +7618,23 @@ class Heartbeat:
     def _run(self) -> None:
         while True:
             time.sleep(self._interval / 4)
-            now = time.monotonic()
-            with self._lock:
-                due = [connection for connection, when in self._connections.items() if when <= now]
-                self._connections.update(dict.fromkeys(due, now + self._interval))
+            try:
+                due = self._due()
+            except MemoryError:  # their turn comes again
+                continue
             for connection in due:
                 try:
                     self._check(connection)
                 except Exception:
                     log.exception("heartbeat: unexpected error")
+
+    def _due(self) -> list[QueuedConnection]:
+        """Whose turn it is."""
+        now = time.monotonic()
+        with self._lock:
+            due = [connection for connection, when in self._connections.items() if when <= now]
+            self._connections.update(dict.fromkeys(due, now + self._interval))
+        return due
 
     def _check(self, connection: QueuedConnection) -> None:
         silence = connection.stuck_for() if self._strict else connection.silence()
@@ -7610,11 +7853,24 @@ class SessionRegistry:
         if not ending:
             session.record.park(window)
 
-    def _park(self, session: FlowSession, window: float, end: Callable[[Child], None]) -> None:
+    def start_parking(self, end: Callable[[Child], None]) -> None:
+        """Start the thread that ends parked sessions, so that park() does not have to.
+
+        Raises:
+            RuntimeError: if the system refuses it.
+        """
+        with self._lock:
+            self._start_parking(end)
+
+    def _start_parking(self, end: Callable[[Child], None]) -> None:
         """Holds the lock."""
         if not self._parking_started:
             threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
             self._parking_started = True
+
+    def _park(self, session: FlowSession, window: float, end: Callable[[Child], None]) -> None:
+        """Holds the lock."""
+        self._start_parking(end)
         session.host = self
         session.tie.flow.disconnect(session.channel)
         self._parked[session] = time.monotonic() + window
@@ -7715,11 +7971,14 @@ class SessionRegistry:
                     self._remember(session.tie.secret)
                 self._count -= len(over)
             for session in over:
-                if not session.tie.flow.finished:
-                    session.record.expire()
-                child = session.leave()
-                if child is not None:
-                    end(child)
+                try:
+                    if not session.tie.flow.finished:
+                        session.record.expire()
+                    child = session.leave()
+                    if child is not None:
+                        end(child)
+                except Exception:  # one session's: the others are to be ended, too
+                    log.exception("cannot end a parked session", extra=session.record.extra)
 
     def abandon_parked(self) -> None:
         """Leave every session that has no connection, for the agent's end."""
@@ -8233,16 +8492,17 @@ class Peer:
         except SessionExists:  # by now: the same request was under way on an earlier connection
             self._registry.give_place()
             self._go_on(request)
-        except (OSError, RuntimeError, ValueError) as exc:  # no descriptor or thread left
+        except (OSError, RuntimeError, ValueError, MemoryError) as exc:  # no descriptor, thread or memory left
             self._registry.give_place()
-            self._refuse_opening(request, f"cannot start a session: {exc}", Reason.START_FAILED)
+            self._refuse_opening(request, f"cannot start a session: {explain_want(exc)}", Reason.START_FAILED)
 
     def _open(self, request: Opening) -> None:
-        """Raises OSError or RuntimeError if the system refuses a descriptor or thread, LookupError for a taken id."""
+        """Raises OSError or RuntimeError if the system refuses a descriptor or thread, LookupError for a taken id,
+        ValueError for one that no data frame can hold."""
         (thread,) = self._runtime.pool.reserve(1)
         try:
             run = self._begin(request)
-        except (OSError, ValueError, LookupError, SessionExists):  # ValueError: an id that no data frame can hold
+        except Exception:
             self._runtime.pool.release([thread])
             raise
         self.started += 1
@@ -8585,6 +8845,24 @@ class Refusals:
 REQUEST_LINE = re.compile(rb"([A-Z]+) \S+ HTTP/1\.1\r$")
 
 
+def make_response(status: http.HTTPStatus, text: str) -> HTTPResponse:
+    """A response as websockets' ServerConnection.respond() makes it."""
+    body = text.encode()
+    headers = Headers(
+        [
+            ("Connection", "close"),
+            ("Content-Length", str(len(body))),
+            ("Content-Type", "text/plain; charset=utf-8"),
+        ]
+    )
+    return HTTPResponse(status.value, status.phrase, headers, body)
+
+
+def refuse_for_want(exc: BaseException) -> HTTPResponse:
+    """The answer where the system has no descriptor, thread or memory left for a connection."""
+    return make_response(http.HTTPStatus.SERVICE_UNAVAILABLE, f"the agent cannot serve more: {explain_want(exc)}\n")
+
+
 def judge_head(head: bytes | bytearray) -> tuple[http.HTTPStatus, str] | None:
     """What to answer to the start of a request at once, if it can become none that makes sense; None else."""
     if head[:1] == b"\x16":  # a TLS handshake, see RFC 8446 §5.1
@@ -8639,18 +8917,11 @@ class Guest:
         self.on_refusal: Callable[[int], None] = lambda times: None  # told how often its address was refused so far
 
     def respond(self, status: http.HTTPStatus, text: str) -> HTTPResponse:
-        """A response as websockets' ServerConnection.respond() makes it."""
-        body = text.encode()
-        headers = Headers(
-            [
-                ("Connection", "close"),
-                ("Content-Length", str(len(body))),
-                ("Content-Type", "text/plain; charset=utf-8"),
-            ]
-        )
+        """See make_response()."""
+        response = make_response(status, text)
         if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
-            headers["Allow"] = "GET"
-        return HTTPResponse(status.value, status.phrase, headers, body)
+            response.headers["Allow"] = "GET"
+        return response
 
     def refuse_nonsense(self, status: http.HTTPStatus, text: str) -> None:
         """Answer what is no request, and say so in the log."""
@@ -8732,6 +9003,7 @@ class Doorway:
         self._limit = 0
         self._next_sweep = 0.0
         self._crowded_out = 0  # guests dismissed for others since the log was told
+        self._deaf = 0  # tries in a row in which none could be accepted
 
     def start(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8752,28 +9024,42 @@ class Doorway:
 
     def _run(self) -> None:
         while True:
-            events = self._epoll.poll(SWEEP_INTERVAL if self._guests else None)
-            with self._lock:
-                returned, self._returned = self._returned, []
-                closed = self._closed
-            if closed:
-                for guest in (*self._guests.values(), *returned):
-                    guest.socket.close()
-                return
-            for guest in returned:
-                self._watch(guest)
-            for fd, _ in events:
-                try:
-                    if fd == self._wakeup:
-                        os.eventfd_read(self._wakeup)
-                    elif fd in self._guests:
-                        self._attend(self._guests[fd])
-                    else:
-                        self._accept()
-                except Exception:
-                    log.exception("unexpected error while accepting")
-            if time.monotonic() >= self._next_sweep:
-                self._sweep()
+            try:
+                if not self._attend_all():
+                    return
+            except MemoryError:  # nothing may end this thread: nobody would get in any more
+                time.sleep(ERROR_PAUSE)
+            except Exception:
+                log.exception("unexpected error while accepting")
+                time.sleep(ERROR_PAUSE)
+
+    def _attend_all(self) -> bool:
+        """See to all who have done something since the last time; False once it is closed."""
+        events = self._epoll.poll(SWEEP_INTERVAL if self._guests else None)
+        with self._lock:
+            returned, self._returned = self._returned, []
+            closed = self._closed
+        if closed:
+            for guest in (*self._guests.values(), *returned):
+                guest.socket.close()
+            return False
+        for guest in returned:
+            self._watch(guest)
+        for fd, _ in events:
+            try:
+                if fd == self._wakeup:
+                    os.eventfd_read(self._wakeup)
+                elif fd in self._guests:
+                    self._attend(self._guests[fd])
+                else:
+                    self._accept()
+            except MemoryError:  # it is ready still, the next time
+                time.sleep(ERROR_PAUSE)
+            except Exception:
+                log.exception("unexpected error while accepting")
+        if time.monotonic() >= self._next_sweep:
+            self._sweep()
+        return True
 
     def _accept(self) -> None:
         try:
@@ -8782,9 +9068,14 @@ class Doorway:
             return
         except OSError as exc:
             if exc.errno not in (errno.EBADF, errno.EINVAL):  # closed, or shut
-                log.error("cannot accept a connection: %s", exc.strerror)
+                if not self._deaf:
+                    log.error("cannot accept connections, trying again: %s", exc.strerror)
+                self._deaf += 1
                 time.sleep(ACCEPT_PAUSE)
             return
+        if self._deaf:
+            log.warning("connections are accepted again, after %d tries", self._deaf)
+            self._deaf = 0
         sock.setblocking(False)
         if len(self._guests) >= self._limit:
             self._crowded_out += 1
@@ -8794,9 +9085,14 @@ class Doorway:
 
     def _watch(self, guest: Guest) -> None:
         fd = guest.socket.fileno()
+        try:
+            self._epoll.register(fd, select.EPOLLIN)
+        except OSError as exc:  # ENOSPC, ENOMEM: see epoll_ctl(2)
+            log.error("cannot watch a connection: %s", exc.strerror, extra={"peer": who_is(guest.socket).name})
+            guest.socket.close()
+            return
         self._guests[fd] = guest
         self._by_address.setdefault(guest.address, {})[fd] = guest
-        self._epoll.register(fd, select.EPOLLIN)
         self._send(guest)
 
     def _unwatch(self, guest: Guest) -> None:
@@ -8833,7 +9129,7 @@ class Doorway:
         """A guest has sent something, has left, or takes more of its answer."""
         if guest.answered or self._tls is None:
             try:
-                data = socket.socket.recv(guest.socket, READ_SIZE)
+                data = socket.socket.recv(guest.socket, HEAD_LIMIT)
             except BlockingIOError:
                 data = None
             except OSError:
@@ -8905,9 +9201,18 @@ class Doorway:
         try:
             self._pool.submit(self._step, guest)
         except RuntimeError as exc:
-            log.error("cannot serve a connection: %s", exc)
-            guest.socket.close()
+            log.error("cannot serve a connection: %s", exc, extra={"peer": who_is(guest.socket).name})
+            guest.refuse(refuse_for_want(exc))
+            if self._tls is not None:  # nothing can be said where nothing is encrypted yet
+                guest.answer.clear()
+            self._return(guest)
             self._end_step()
+
+    def _return(self, guest: Guest) -> None:
+        """Give a guest back to the acceptor."""
+        with self._lock:
+            self._returned.append(guest)
+        os.eventfd_write(self._wakeup, 1)
 
     def _end_step(self) -> None:
         with self._lock:
@@ -8933,9 +9238,7 @@ class Doorway:
             guest.socket.settimeout(None)
             self._let_in(guest.socket, bytes(guest.head))
             return
-        with self._lock:
-            self._returned.append(guest)
-        os.eventfd_write(self._wakeup, 1)
+        self._return(guest)
 
     def _advance_tls(self, guest: Guest, tls: Callable[[], ssl.SSLContext]) -> bool:
         """Take the TLS handshake, then the request, as far as what is there allows; True once it is all there.
@@ -8986,7 +9289,13 @@ class Doorway:
             return False
         response = self._decide(guest, request)
         if response is None:
-            return True
+            try:
+                check_descriptor(guest.socket.fileno())
+            except OSError as exc:
+                log.error("cannot serve a connection: %s", exc.strerror, extra={"peer": who_is(guest.socket).name})
+                response = refuse_for_want(exc)
+            else:
+                return True
         delay = 0.0
         if response.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
             times = self.refusals.count(guest, (response.body or b"").decode().strip())
@@ -9019,7 +9328,13 @@ def make_doorway(
         return SUBPROTOCOL if SUBPROTOCOL in offered and speaks_version_2(connection) else None
 
     def create_connection(sock: socket.socket, *args: Any, **kwargs: Any) -> ServerWebSocket:
-        return ServerWebSocket(sock, *args, early=read.pop(sock), **kwargs)
+        try:
+            return ServerWebSocket(sock, *args, early=read.pop(sock), **kwargs)
+        except (OSError, RuntimeError, MemoryError) as exc:  # the library closes without a word
+            log.error("cannot serve a connection: %s", explain_want(exc), extra={"peer": who_is(sock).name})
+            with contextlib.suppress(OSError):
+                sock.sendall(refuse_for_want(exc).serialize())
+            raise
 
     server = serve(
         serve_connection,
@@ -9126,6 +9441,8 @@ class Server:
         return str(Address(host, port))
 
     def start(self) -> None:
+        """Raises RuntimeError if the system refuses a thread."""
+        self._heartbeat.start()
         self._doorway.start()
         log.info("listening on %s%s", self.address, " with TLS" if self._tls is not None else "")
         config = self._runtime.config
@@ -9155,7 +9472,12 @@ class Server:
 
     def _serve_peer(self, connection: ServerConnection) -> None:
         assert isinstance(connection, ServerWebSocket)
-        connection.start_writer(self._runtime.pool)
+        try:
+            connection.start_writer(self._runtime.pool)
+        except RuntimeError as exc:
+            log.error("cannot serve a connection: %s", exc, extra={"peer": connection.who.name})
+            connection.close(CloseCode.TRY_AGAIN_LATER, f"the agent cannot serve more: {explain_want(exc)}")
+            return
         self._heartbeat.add(connection)
         try:
             Peer(self._runtime, connection, self._registry, self._main).serve()
@@ -9254,6 +9576,8 @@ class ReverseDialer:
         self._ghost = False
 
     def start(self) -> None:
+        """Raises RuntimeError if the system refuses a thread."""
+        self._heartbeat.start()
         log.info("reverse mode: dialling %s", self._runtime.config.callback)
         threading.Thread(target=self._run, name="dialer", daemon=True).start()
 
@@ -9284,7 +9608,7 @@ class ReverseDialer:
             try:
                 connection = self._dial()
             # RuntimeError: no thread left; ImportError: a SOCKS proxy, which needs a package that is not here.
-            except (OSError, EOFError, WebSocketException, ValueError, RuntimeError, ImportError) as exc:
+            except (OSError, EOFError, WebSocketException, ValueError, RuntimeError, ImportError, MemoryError) as exc:
                 self._settled.set()
                 if not self._wait_after(self._explain(exc)):
                     return
@@ -9425,7 +9749,12 @@ class Agent:
 
     def run(self) -> int:
         """Run until a signal, or the main process's end, ends it; returns the exit code."""
-        self._receive_signals()
+        try:
+            self._receive_signals()
+            self._start_threads()
+        except RuntimeError as exc:
+            log.error("cannot start: %s", exc)
+            return EXIT_FAILURE
         raise_descriptor_limit()
         if (self._config.subreaper or self._config.init == "on") and os.getpid() != 1:
             try:
@@ -9433,7 +9762,6 @@ class Agent:
             except OSError as exc:
                 log.error("cannot become a subreaper: %s", exc.strerror)
                 return EXIT_FAILURE
-        self._runtime.reaper.start()
         front: Server | ReverseDialer
         try:
             if self._config.callback:
@@ -9452,12 +9780,29 @@ class Agent:
             front.close()
             reason = exc.reason if isinstance(exc, SpawnError) else Reason.START_FAILED
             return {Reason.NOT_FOUND: 127, Reason.NOT_EXECUTABLE: 126}.get(reason, EXIT_FAILURE)
-        if self._health is not None:
-            self._runtime.pool.submit(self._health.run)
-        front.start()
+        try:
+            if self._health is not None:
+                self._runtime.pool.submit(self._health.run)
+            front.start()
+        except RuntimeError as exc:
+            log.error("cannot start: %s", exc)
+            self._stop_main(signal.SIGTERM)
+            return self._end(front, failed=True)
         event = self._wait(front)
         self._stop_main(signal.SIGTERM if event == BACKEND_GIVEN_UP else event)
         return self._end(front, failed=event == BACKEND_GIVEN_UP)
+
+    def _start_threads(self) -> None:
+        """Start what would come too late once the system refuses threads: then something has to go on without.
+
+        Raises:
+            RuntimeError: if it refuses them already.
+        """
+        runtime = self._runtime
+        runtime.reaper.start()
+        runtime.pool.start_retrying()
+        runtime.books.start()
+        self._registry.start_parking(lambda child: runtime.end_later([child]))
 
     def _receive_signals(self) -> None:
         """Take over the signals in a thread of their own, before any other thread exists.
@@ -9499,7 +9844,10 @@ class Agent:
             if event == BACKEND_GIVEN_UP or (event == MAIN_ENDED and ends_with_main):
                 return event
             if event == signal.SIGHUP and self._config.reloadable:
-                self._runtime.pool.submit(front.reload)
+                try:
+                    self._runtime.pool.submit(front.reload)
+                except RuntimeError as exc:
+                    log.error("cannot reload: %s", exc)
                 if self._main is not None and self._main.child is not None and handles_signal(self._main.child, event):
                     self._signal_main(event)
             elif event > 0 and self._main is not None and not self._main.exited.is_set():
@@ -9588,11 +9936,13 @@ class Agent:
         # Daemons whose command or connection has ended before, too.
         end_processes(None, self._config.kill_timeout)
         closing = [threading.Thread(target=peer.close, args=(CloseCode.GOING_AWAY, "agent ends")) for peer in peers]
+        with contextlib.suppress(RuntimeError):  # no thread left: the others see the connection's end
+            for thread in closing:
+                thread.daemon = True
+                thread.start()
         for thread in closing:
-            thread.daemon = True
-            thread.start()
-        for thread in closing:
-            thread.join(CLOSE_TIMEOUT)
+            if thread.ident is not None:
+                thread.join(CLOSE_TIMEOUT)
         if self._health is not None:
             self._health.ended.wait(LINGER)
         self._runtime.endings.wait(self._config.kill_timeout + LINGER)
