@@ -7615,7 +7615,7 @@ class SessionRegistry:
             try:
                 tie.flow.check(request.offset, request.acked)
             except ValueError as exc:
-                raise ClaimError(f"resume: {exc}", Reason.BAD_MESSAGE) from None
+                raise ClaimError(f"resume: {exc}", Reason.BAD_REQUEST) from None
             channel = peer.open_channel(request.id)
             with self._lock:
                 if session.id != request.id or request.secret not in self._resumable:
