@@ -7681,7 +7681,8 @@ class SessionRegistry:
         self._main = main
         self._describe_health = describe_health
         self.instance = secrets.token_hex(8)  # tells clients in the handshake which agent has their sessions
-        self._starting = threading.Lock()  # held from the search for a secret to its entry, see start()
+        # Held from the search for a secret to its entry, see start().
+        self._starting = threading.Lock()
         self._lock = threading.Lock()  # guards the attributes below
         self._count = 0
         self._peers: set[Peer] = set()
@@ -7692,7 +7693,7 @@ class SessionRegistry:
         self._over: dict[str, None] = {}  # secrets of the latest that have ended, oldest first
         self._parked: dict[FlowSession, float] = {}  # without a connection, and when that is to end
         self._parking = threading.Condition(self._lock)  # the thread that ends them waits here
-        self._parking_started = False
+        self._closed = False
 
     @property
     def refusal(self) -> str:
@@ -7700,8 +7701,9 @@ class SessionRegistry:
         return self._refusal
 
     def close(self) -> None:
-        """The agent ends: start nothing any more."""
+        """The agent ends: start nothing any more, and keep nothing for later."""
         with self._lock:
+            self._closed = True
             self._refusal = self._refusal or "the agent is ending: nothing is started any more"
 
     def expire(self) -> None:
@@ -7831,46 +7833,49 @@ class SessionRegistry:
             if peer.version == 2:
                 peer.push_health(message)
 
-    def park(self, session: FlowSession, peer: Peer, window: float, end: Callable[[Child], None]) -> None:
+    def start_parking(self, end: Callable[[Sequence[Child]], None]) -> None:
+        """Start the thread that ends sessions nobody has resumed, before there is one: then a cut can fail at nothing.
+
+        Args:
+            end: ends what children have started, and does not wait for that.
+
+        Raises:
+            RuntimeError: if the system refuses the thread.
+        """
+        threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
+
+    def park(self, session: FlowSession, peer: Peer, window: float) -> bool:
         """``peer`` has left a session: keep it for ``window`` seconds, unless another connection has it already.
 
-        Raises:
-            RuntimeError: if the system refuses the thread that ends it.
+        Returns:
+            False if its client is done with it, or the agent ends: it is ``peer``'s still, who is to release() it.
         """
         with self._lock:
-            if session.host is not peer or session.tie.secret not in self._resumable:
-                return
-            ending = session.tie.ending
-            if ending:  # its client is done with it
-                del self._resumable[session.tie.secret]
-                self._remember(session.tie.secret)
-                self._count -= 1
-            else:
-                self._park(session, window, end)
-        child = session.leave() if ending else None
-        if child is not None:
-            end(child)
-        if not ending:
-            session.record.park(window)
+            if not self._has(peer, session):
+                return True
+            if session.tie.ending or self._closed:
+                return False
+            self._park(session, window)
+        session.record.park(window)
+        return True
 
-    def start_parking(self, end: Callable[[Child], None]) -> None:
-        """Start the thread that ends parked sessions, so that park() does not have to.
-
-        Raises:
-            RuntimeError: if the system refuses it.
-        """
+    def release(self, session: FlowSession, peer: Peer) -> bool:
+        """``peer`` has left a session for good: nobody resumes it. False if another connection has it already."""
         with self._lock:
-            self._start_parking(end)
+            if not self._has(peer, session):
+                return False
+            del self._resumable[session.tie.secret]
+            self._remember(session.tie.secret)
+            self._count -= 1
+            peer.drop(cast(Session, session))
+            return True
 
-    def _start_parking(self, end: Callable[[Child], None]) -> None:
-        """Holds the lock."""
-        if not self._parking_started:
-            threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
-            self._parking_started = True
+    def _has(self, peer: Peer, session: FlowSession) -> bool:
+        """Whether a session is this connection's. Holds the lock."""
+        return session.host is peer and session.tie.secret in self._resumable
 
-    def _park(self, session: FlowSession, window: float, end: Callable[[Child], None]) -> None:
+    def _park(self, session: FlowSession, window: float) -> None:
         """Holds the lock."""
-        self._start_parking(end)
         session.host = self
         session.tie.flow.disconnect(session.channel)
         self._parked[session] = time.monotonic() + window
@@ -7895,7 +7900,7 @@ class SessionRegistry:
             try:
                 tie.flow.check(request.offset, request.acked)
             except ValueError as exc:
-                raise ClaimError(f"resume: {exc}", Reason.BAD_MESSAGE) from None
+                raise ClaimError(f"resume: {exc}", Reason.BAD_REQUEST) from None
             channel = peer.open_channel(request.id)
             with self._lock:
                 if session.id != request.id or request.secret not in self._resumable:
@@ -7957,7 +7962,7 @@ class SessionRegistry:
         if len(self._over) > REMEMBERED_IDS:
             del self._over[next(iter(self._over))]
 
-    def _end_parked(self, end: Callable[[Child], None]) -> None:
+    def _end_parked(self, end: Callable[[Sequence[Child]], None]) -> None:
         while True:
             with self._lock:
                 now = time.monotonic()
@@ -7976,7 +7981,7 @@ class SessionRegistry:
                         session.record.expire()
                     child = session.leave()
                     if child is not None:
-                        end(child)
+                        end([child])
                 except Exception:  # one session's: the others are to be ended, too
                     log.exception("cannot end a parked session", extra=session.record.extra)
 
@@ -8124,10 +8129,14 @@ class Peer:
             how = "lost"
             why = f"lost: {exc}" if exc.__cause__ is None else f"lost: {exc} ({exc.__cause__})"
         finally:
-            count = self._leave()
-            self._runtime.books.counters.count(CONNECTIONS_CLOSED, how)
-            self._registry.remove(self)  # only now: the agent's end looks here first, then at the endings
-            log.info("connection %s; %d sessions were running", why, count, extra=self._extra)
+            with self._lock:
+                sessions = list(self._sessions.values())
+            try:
+                self._leave(sessions)
+            finally:
+                self._runtime.books.counters.count(CONNECTIONS_CLOSED, how)
+                self._registry.remove(self)  # only now: the agent's end looks here first, then at the endings
+                log.info("connection %s; %d sessions were running", why, len(sessions), extra=self._extra)
 
     def close(self, code: int, reason: str) -> None:
         """Say goodbye: waits CLOSE_TIMEOUT at most for the peer to answer."""
@@ -8342,16 +8351,8 @@ class Peer:
         """Whoever had the session, behind the listener that this peer is, has left it."""
         if isinstance(session, DetachingSession):
             return  # it lives on by itself
-        resumable = cast(FlowSession, session)
-        window = self._runtime.config.resume_window
-        if window:
-            self.drop(session)
-            self._registry.park(resumable, self, window, self._end_child)
-        else:
-            session.end()
-
-    def _end_child(self, child: Child) -> None:
-        self._runtime.end_later([child])
+        self._leave([session])
+        self.drop(session)
 
     def _resume(self, request: Resume) -> None:
         if not self._claim(request):
@@ -8533,24 +8534,21 @@ class Peer:
             )
         return (ExecSession if self.version == 1 else FlowExecSession)(self._runtime, self, request)
 
-    def _leave(self) -> int:
-        """End what the connection started, or in version 2 keep it for a while; returns how many sessions it had."""
-        with self._lock:
-            sessions = list(self._sessions.values())
-        window = self._runtime.config.resume_window
-        if self.version == 2 and window and not self._registry.refusal:
-            for session in sessions:
-                resumable = cast(FlowSession, session)
-                self._registry.park(resumable, self, window, self._end_child)
-            return len(sessions)
-        for session in sessions:
-            session.record.because(Cause.CONNECTION)
+    def _leave(self, sessions: Sequence[Session]) -> None:
+        """End sessions as their connection ends, or in version 2 keep them for a while.
+
+        By now another connection may have taken one over. Whose it is the registry decides, which parks and releases
+        nobody else's.
+        """
+        left = list(sessions)
         if self.version == 2:
-            for session in sessions:
-                self._registry.forget(session)
-        children = [child for session in sessions if (child := session.leave()) is not None]
-        self._runtime.end_later(children)
-        return len(sessions)
+            window = self._runtime.config.resume_window
+            flows = [cast(FlowSession, session) for session in sessions]
+            to_end = [flow for flow in flows if not (window and self._registry.park(flow, self, window))]
+            left = [cast(Session, flow) for flow in to_end if self._registry.release(flow, self)]
+        for session in left:
+            session.record.because(Cause.CONNECTION)
+        self._runtime.end_later([child for session in left if (child := session.leave()) is not None])
 
     def abandon(self) -> None:
         """Leave every session, for the agent's end: a command that is being started is ended as it starts."""
@@ -9802,7 +9800,7 @@ class Agent:
         runtime.reaper.start()
         runtime.pool.start_retrying()
         runtime.books.start()
-        self._registry.start_parking(lambda child: runtime.end_later([child]))
+        self._registry.start_parking(runtime.end_later)
 
     def _receive_signals(self) -> None:
         """Take over the signals in a thread of their own, before any other thread exists.

@@ -233,6 +233,10 @@ _NOT_FATAL = frozenset(
 )
 
 
+# These are about a message to the session that they name; all others, before its start, are about that.
+_ABOUT_MESSAGES = frozenset({Reason.BAD_MESSAGE, Reason.STDIN_OVERFLOW, Reason.READ_ONLY})
+
+
 # ══════════════════════════════════════════════════════════════════════════════
 # Docker's stream framing (Docker Engine API, "Attach to a container", stream format)
 # ══════════════════════════════════════════════════════════════════════════════
@@ -2532,6 +2536,7 @@ class _Passed:
         self.connection = request.connection  # the client's count
         self.detaching = isinstance(request, Exec) and request.detach
         self.exit_follows = isinstance(request, Exec | Resume)  # when it is told to end; for a Resume perhaps
+        self.opened = False  # the agent has answered that it has it
         self.ended = False  # it has had its exit or error
         # What the agent said before it has seen a request that is repeated was for another connection, and comes again.
         self.repeated = isinstance(request, Resume) or request.connection > 1
@@ -2552,7 +2557,7 @@ class _Passed:
             fault = f"{acked} bytes are acknowledged, and {offset} received"
         else:
             return
-        raise SessionError(f"resume: {fault}", Reason.BAD_MESSAGE, request.id)
+        raise SessionError(f"resume: {fault}", Reason.BAD_REQUEST, request.id)
 
 
 class _PassThrough(_ClientServer):
@@ -2614,13 +2619,23 @@ class _PassThrough(_ClientServer):
             if session.early is not None and isinstance(event, Started):
                 session.to_client.send(session.early)
         if isinstance(event, Started):
+            session.opened = True
             session.secret = event.secret or session.secret
-            session.ended = session.detaching
+            if session.detaching:  # and goes on without a session
+                self._free(event.id)
         elif isinstance(event, Resumed):
+            session.opened = True
             session.acked = session.sent = event.offset
+        elif isinstance(event, Error) and not session.opened and event.reason not in _ABOUT_MESSAGES:
+            self._free(event.id)  # there it is free, too
         elif isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL):
             session.ended = True
         return True
+
+    def _free(self, session_id: str) -> None:
+        """The agent has no such session, or not for this client: the id is anybody's. Holds the lock."""
+        self._remove(session_id)
+        self._conn.release_route(session_id, self)
 
     def data(self, stream: Stream, session_id: str, data: bytes) -> None:
         """Output; never more than the client's window."""
@@ -2735,8 +2750,7 @@ class _PassThrough(_ClientServer):
             session.acked = max(session.acked, request.offset)
         self._link.outbox.send(request)
         if isinstance(request, End) and (session.ended or not session.exit_follows):
-            self._remove(request.id)
-            self._conn.release_route(request.id, self)
+            self._free(request.id)
 
     def _remove(self, session_id: str) -> None:
         """The session is this client's no more. Holds the lock."""

@@ -320,6 +320,42 @@ def test_what_comes_late_on_an_earlier_connection_takes_nothing_over(
 
 
 @pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        ("exec", {"cmd": ["nosuch"]}, "not_found"),
+        ("exec", {"cmd": ["true"], "workdir": "/nonexistent"}, "start_failed"),
+        ("exec", {"cmd": ["nosuch"], "detach": True}, "not_found"),
+        ("attach", {"session": "nosuch"}, "no_detached_command"),
+        ("resume", {"secret": "b" * 16, "offset": 0}, "unknown_session"),
+    ],
+)
+def test_an_id_is_free_again_once_a_start_has_failed(
+    setting: Setting, raw: ClientConnection, kind: str, fields: dict[str, object], reason: str
+) -> None:
+    """For this client, and for another of the listener."""
+    with another(setting) as other:
+        for connection in (raw, other, raw):
+            send(connection, kind, id="mine", **fields)
+            error = receive(connection)
+            assert isinstance(error, dict)
+            assert (error["type"], error["reason"]) == ("error", reason)
+        assert not setting.conn._routes
+        send(other, "exec", id="mine", cmd=["sh", "-c", "exit 3"])
+        assert finish(other) == (b"", 3)
+
+
+def test_an_id_is_free_again_once_a_command_is_detached(setting: Setting, raw: ClientConnection) -> None:
+    send(raw, "exec", id="mine", cmd=["true"], detach=True)
+    started = receive(raw)
+    assert isinstance(started, dict)
+    assert started["type"] == "started"
+    assert not setting.conn._routes
+    with another(setting) as other:
+        send(other, "attach", id="mine", session="mine")
+        assert finish(other) == (b"", 0)
+
+
+@pytest.mark.parametrize(
     ("request_of_other", "words"),
     [
         ({"offset": 5}, "offset 5 is not from 1 to 4"),
@@ -343,7 +379,7 @@ def test_a_resume_that_makes_no_sense_disturbs_nobody(
         send(other, kind, id="mine", secret=secret, **request_of_other)
         error = receive(other)
         assert isinstance(error, dict)
-        assert (error["type"], error["reason"], error["message"]) == ("error", "bad_message", f"resume: {words}")
+        assert (error["type"], error["reason"], error["message"]) == ("error", "bad_request", f"resume: {words}")
         raw.send(bytes((0, 4)) + b"mine" + b"more")
         while receive(raw) != bytes((1, 4)) + b"minemore":
             pass
