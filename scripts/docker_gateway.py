@@ -634,6 +634,8 @@ class Session:
 class WatchedConn(AgentConn):
     """A dialled connection of which one can wait for the end."""
 
+    _renewable = False  # its Dialler makes another, and then knows of it
+
     def wait_closed(self) -> None:
         self._thread.join()
 
