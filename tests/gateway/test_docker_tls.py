@@ -30,21 +30,6 @@ OpenTerminal = Callable[..., Terminal]
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ours"), "ours")
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("theirs"), "theirs")
-
-
-@pytest.fixture(scope="module")
-def server_pem(ours: Authority) -> str:
-    return ours.issue("server.pem", "127.0.0.1", "localhost")
-
-
-@pytest.fixture(scope="module")
 def client_pem(ours: Authority) -> str:
     return ours.issue("client.pem", "alice.example")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from lossy import LossyLink
+from proxy import Proxy
 from running import DEADLINE, TOKEN, RunningAgent
 from support import eventually, need, need_root
-from test_resume import Proxy
 from test_resume_networks import dial_within
 
 import agent_client
@@ -22,13 +22,6 @@ def box(tmp_path: Path) -> Iterator[RunningAgent]:
     started = RunningAgent(tmp_path)
     yield started
     started.stop()
-
-
-@pytest.fixture
-def proxy(box: RunningAgent) -> Iterator[Proxy]:
-    started = Proxy(box.addr)
-    yield started
-    started.close()
 
 
 @pytest.fixture(params=[2, 1])

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proxy import Proxy
 from running import DEADLINE, TOKEN, RunningAgent
 from support import eventually
-from test_resume import Proxy
 from websockets.sync.client import ClientConnection, connect
 
 from agent import SUBPROTOCOL

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from proxy import Proxy
 from running import TOKEN, RunningAgent
 from support import DEADLINE, eventually, need, need_root
 from test_least_privilege import NOBODY
-from test_resume import Proxy
 from test_version_2 import Client
 
 import agent

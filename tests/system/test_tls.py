@@ -22,21 +22,6 @@ from agent_client import AgentConn, ConnectFailed, ReverseListener, ServerTLS, U
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ours"), "ours")
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("theirs"), "theirs")
-
-
-@pytest.fixture(scope="module")
-def server_pem(ours: Authority) -> str:
-    return ours.issue("server.pem", "127.0.0.1", "localhost")
-
-
-@pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory, ours: Authority, server_pem: str) -> Iterator[Agent]:
     """An agent with TLS, for whom no certificate is needed."""
     agent = Agent(tmp_path_factory.mktemp("agent"), "--tls-cert", server_pem)
