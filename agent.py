@@ -7478,9 +7478,15 @@ class QueuedConnection(WebSocket):
             info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
         except OSError:  # a unix socket, whose other end cannot vanish without a word; or closed
             return 0.0
-        # tcpi_last_ack_recv of struct tcp_info (<linux/tcp.h>), in milliseconds:
-        # a peer whose program is stuck still acknowledges, one that is cut off does not.
+        # struct tcp_info (<linux/tcp.h>): tcpi_probes, tcpi_backoff, tcpi_unacked, tcpi_last_ack_recv (milliseconds).
+        # A peer whose program is stuck still acknowledges, one that is cut off does not. Once its window is full the
+        # kernel only asks now and then whether there is room again, after up to two minutes. While that is answered,
+        # the peer is there.
+        probes, backoff = info[3], info[4]
+        (unacknowledged,) = struct.unpack_from("I", info, 24)
         (last_ack_received,) = struct.unpack_from("I", info, 56)
+        if backoff and not unacknowledged and probes < 2:  # one may be under way
+            return 0.0
         return min(silence, float(last_ack_received) / 1000)
 
     def unsent(self) -> int:
@@ -7583,7 +7589,8 @@ class Heartbeat:
     A missing pong is not enough: a version 1 client that is blocked on its own
     slow reader answers none. Gone is who does not even acknowledge at the TCP
     level. A backend, which reverse mode dials, never blocks on its readers:
-    there, gone is also who neither sends nor takes anything.
+    there, gone is also who neither sends nor takes anything. Time in which this
+    process itself was stopped, or its machine slept, is no silence of a peer's.
     """
 
     def __init__(self, interval: float, timeout: float, strict: bool = False) -> None:
@@ -7593,6 +7600,9 @@ class Heartbeat:
         self._lock = threading.Lock()  # guards the attributes below
         self._connections: dict[QueuedConnection, float] = {}  # and when each is pinged next
         self._started = False
+        # The thread's alone: since when, on the monotonic clock, it has run without being held up. Silence before that
+        # may have been the silence of who was stopped himself.
+        self._awake_since = 0.0
 
     def add(self, connection: QueuedConnection) -> None:
         """Watch a connection until remove(); starts the thread if start() has not."""
@@ -7616,8 +7626,13 @@ class Heartbeat:
             self._connections.pop(connection, None)
 
     def _run(self) -> None:
+        before = time.monotonic()
         while True:
             time.sleep(self._interval / 4)
+            now = time.monotonic()
+            if now - before > self._interval:
+                self._awake_since = now
+            before = now
             try:
                 due = self._due()
             except MemoryError:  # their turn comes again
@@ -7638,6 +7653,7 @@ class Heartbeat:
 
     def _check(self, connection: QueuedConnection) -> None:
         silence = connection.stuck_for() if self._strict else connection.silence()
+        silence = min(silence, time.monotonic() - self._awake_since)
         if silence > self._timeout:
             log.warning("connection closed: nothing was heard of the peer for %.0f seconds", silence,
                         extra={"peer": connection.who.name})  # fmt: skip

@@ -91,8 +91,8 @@ class Stream:
 class _Version2:
     """A connection of ours with its sessions, each read by a thread of its own."""
 
-    def __init__(self, url: str, number: int, attach: bool) -> None:
-        self.conn = AgentConn.dial(url, TOKEN)
+    def __init__(self, url: str, number: int, attach: bool, patience: float) -> None:
+        self.conn = AgentConn.dial(url, TOKEN, patience=patience)
         assert self.conn.version == 2
         self.stopping = threading.Event()
         self.streams: list[Stream] = []
@@ -309,15 +309,22 @@ class Streams:
         address: where it answers /metrics; "" in reverse mode.
         attach: whether it has a main process, which must be MAIN.
         lost: part of the names of those that the fault may end, with an error; "v1" for all of version 1.
+        patience: seconds for which lost connections are made again.
     """
 
-    def __init__(self, url: str, pid: int, address: str = "", attach: bool = True, lost: str = "") -> None:
+    def __init__(
+        self, url: str, pid: int, address: str = "", attach: bool = True, lost: str = "", patience: float = DEADLINE
+    ) -> None:
         self._pid, self._address, self._lost = pid, address, lost
         with AgentConn.dial(url, TOKEN) as conn:  # what the first session starts for good
             assert conn.run(["true"], tty=True).returncode == 0
         eventually(lambda: not self._sessions(), "the first session has gone")
         self._before = usage(pid, address)
-        self.connections = [_Version2(url, 1, attach), _Version2(url, 2, attach), _Version1(url, attach)]
+        self.connections = [
+            _Version2(url, 1, attach, patience),
+            _Version2(url, 2, attach, patience),
+            _Version1(url, attach),
+        ]
         self.streams = [stream for connection in self.connections for stream in connection.streams]
         assert len(self.streams) == (21 if attach else 18)
 
@@ -354,6 +361,15 @@ class Streams:
                 connection.stopping.set()
             return
         self.finish()
+
+    def wait_for_loss(self) -> None:
+        """The agent has gone: every client is told, and sees no exit code."""
+        for stream in self.streams:
+            assert stream.over.wait(DEADLINE), f"did not end: {stream}"
+            assert stream.failure is None, f"{stream}"
+            assert stream.error, f"ended otherwise: {stream}"
+        for connection in self.connections:
+            connection.close()
 
     def finish(self) -> None:
         """End every session; each must have all its output and its exit code, and nothing be left of them."""
