@@ -554,6 +554,10 @@ class _Fields:
     def text(self, name: str) -> str:
         return self._get(name, str, "a string", "")
 
+    def readable(self, name: str) -> str:
+        """A text for people: what has no UTF-8 encoding in it is replaced."""
+        return self.text(name).encode("utf-8", "replace").decode()
+
     def boolean(self, name: str, default: bool = False) -> bool:
         return self._get(name, bool, "a boolean", default)
 
@@ -775,7 +779,7 @@ _EVENTS: dict[str, Callable[[_Fields], Event]] = {
     "stdout": lambda fields: Output(fields.session_id(), Stream.STDOUT, fields.data(), fields.integer("lost")),
     "stderr": lambda fields: Output(fields.session_id(), Stream.STDERR, fields.data(), fields.integer("lost")),
     "exit": lambda fields: Exit(fields.session_id(), fields.integer("code")),
-    "error": lambda fields: Error(fields.id, fields.text("message"), fields.text("reason")),
+    "error": lambda fields: Error(fields.id, fields.readable("message"), fields.text("reason")),
     "lifetime_expired": lambda fields: LifetimeExpired(),
 }
 

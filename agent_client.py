@@ -537,7 +537,8 @@ class AgentConn:
         self.on_health: Callable[[dict[str, Any]], None] | None = None
         """Called when the health check's verdict changes, with what health() returns. Like on_outage, it is
         called from the receiving thread, and must not block."""
-        self._pause = 0.0  # seconds before the next dial; the receiving thread's
+        self._pause = 0.0  # seconds before the next dial; this and _until are the receiving thread's
+        self._until = 0.0  # when that is given up, on the monotonic clock; 0 if the last connection brought something
         self._connection = connection  # replaced by the receiving thread, with _lock held
         self._online = True  # guarded by _lock, as all of these
         self._over = False  # it will not be made again
@@ -1164,9 +1165,9 @@ class AgentConn:
             sender.disconnect()
         if self.on_outage is not None:
             self.on_outage(True)
-        until = time.monotonic() + self._patience
-        while time.monotonic() < until and not self._closing.wait(self._pause):
-            # Zero again as soon as a connection brings something.
+        self._until = self._until or time.monotonic() + self._patience
+        while time.monotonic() < self._until and not self._closing.wait(self._pause):
+            # Zero again as soon as a connection brings something: one that always breaks off is given up, too.
             self._pause = min(max(self._pause * 2, REDIAL_FIRST), REDIAL_LAST)
             try:
                 connection = self._redial()
@@ -1240,7 +1241,7 @@ class AgentConn:
         return why
 
     def _dispatch(self, message: str | bytes) -> None:
-        self._pause = 0.0
+        self._pause = self._until = 0.0
         try:
             if isinstance(message, str):
                 event = decode_event(message, self.version)
@@ -3236,7 +3237,7 @@ def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     def say(what: str) -> Callback:
         def callback(conn: ReverseAgentConn) -> None:
             with saying, contextlib.suppress(OSError):  # who no longer reads this may still need the agents
-                print(f"agent {conn.id} {what}", flush=True)
+                print(f"agent {_printable(conn.id)} {what}", flush=True)
 
         return callback
 
@@ -3353,7 +3354,14 @@ def _run_ps(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 def _printable(text: str) -> str:
     """``text`` without what would do something to a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+class _LogFormatter(logging.Formatter):
+    """A line a record, but for a traceback."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _printable(super().formatMessage(record))
 
 
 STATS_PAUSE = 1.0  # seconds between the two measurements that CPU % is reckoned from
@@ -3622,28 +3630,30 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, argparse.ArgumentParser], int
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line; ends the process with the command's exit status."""
-    logging.basicConfig(format="agent_client: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormatter("agent_client: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     parser = _make_parser()
     options = parser.parse_args(argv)
     code = EXIT_FAILED
     try:
         code = _COMMANDS[options.command](options, parser)
     except CommandNotFound as exc:
-        print(f"agent_client: {exc}", file=sys.stderr)
+        print(f"agent_client: {_printable(str(exc))}", file=sys.stderr)
         code = EXIT_NOT_FOUND
     except CommandNotExecutable as exc:
-        print(f"agent_client: {exc}", file=sys.stderr)
+        print(f"agent_client: {_printable(str(exc))}", file=sys.stderr)
         code = EXIT_NOT_EXECUTABLE
     except _Interrupted as exc:
         code = 128 + exc.number
     except (ClientError, ValueError, OSError) as exc:
-        print(f"agent_client: {exc}", file=sys.stderr)
+        print(f"agent_client: {_printable(str(exc))}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
         sys.stdout.flush()
     # Not sys.exit(): a thread may still be in a read of stdin, which nothing can end.
-    os._exit(code)
+    os._exit(code if 0 <= code <= 255 else 255)  # an agent's code may be anything: 256 would be success
 
 
 if __name__ == "__main__":

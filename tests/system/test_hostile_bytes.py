@@ -41,6 +41,7 @@ from agent_client import AgentConn
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "60"))  # random ones for each end
 EVERY_WAY = "FUZZ_INPUTS" in os.environ  # each fault in each way, else they take turns
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 16 << 20  # bytes in a message for an agent
 MIB = 1 << 20
