@@ -95,6 +95,7 @@ from agent_client import (
     SessionError,
     encode_docker_frame,
     fetch_health,
+    read_server_tls,
 )
 
 log = logging.getLogger("sockerless.gateway")
@@ -3171,17 +3172,6 @@ def parse_agents(texts: Sequence[str]) -> dict[str, str]:
             parse_address(addr)
         agents[name] = addr
     return agents
-
-
-def read_server_tls(options: argparse.Namespace, prefix: str = "") -> ServerTLS | None:
-    """What --tls-cert, --tls-key and --tls-client-ca ask for. Raises ValueError."""
-    cert, key, client_ca = (getattr(options, f"{prefix}tls_{name}") for name in ("cert", "key", "client_ca"))
-    flag = f"--{prefix.replace('_', '-')}tls"
-    if not cert:
-        if key or client_ca:
-            raise ValueError(f"{flag}-{'key' if key else 'client-ca'} needs {flag}-cert")
-        return None
-    return ServerTLS(cert, key or "", client_ca or "")
 
 
 def client_tls_of(addr: str, options: argparse.Namespace) -> ssl.SSLContext | None:
