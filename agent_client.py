@@ -1518,10 +1518,10 @@ class _OutputStream(io.RawIOBase):
 class _InputStream(io.RawIOBase):
     """The writing end of a session's stdin. Any thread may write; a write blocks while the connection is busy."""
 
-    def __init__(self, conn: AgentConn, session_id: str) -> None:
+    def __init__(self, channel: Channel | _StdinSender, session_id: str) -> None:
         super().__init__()
         self._id = session_id
-        self._channel = conn.open_channel(session_id)
+        self._channel = channel
         self._ended = threading.Event()  # the session has ended: nobody reads any more
 
     def writable(self) -> bool:
@@ -1554,7 +1554,7 @@ class _ProcessReceiver:
 
     def __init__(self, conn: AgentConn, request: Opening) -> None:
         self.what = "the main process" if isinstance(request, Attach) else "the archive"
-        self.stdin = _InputStream(conn, request.id)
+        self.stdin = _InputStream(conn.open_channel(request.id), request.id)
         self.stdout = _OutputStream()
         self.stderr = _OutputStream()
         self.finished = threading.Event()
