@@ -3214,7 +3214,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=ADDR[,...]",
-        help="an agent in server mode, at host:port, unix:/path, a ws:// or wss:// URL; may be repeated",
+        help="an agent in server mode, at host:port, unix:/path, or a ws://, wss:// or https:// URL; may be repeated",
     )
     parser.add_argument("--listen", metavar="ADDR", help="accept agents in reverse mode here, such as 127.0.0.1:8080")
     parser.add_argument(
