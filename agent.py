@@ -3937,6 +3937,7 @@ class PumpedTerminal:
     fd: int
     sink: Sink
     on_end: Callable[[], None]
+    on_failure: Callable[[Exception], None]
     drain_timeout: float
     quiet_after: float | None = None  # monotonic time; set once the child has ended
     paused: bool = False  # waits for room in its sink: not quiet, only slow
@@ -3966,9 +3967,19 @@ class TerminalPump:
                 threading.Thread(target=self._run, name="terminal-pump", daemon=True).start()
                 self._started = True
 
-    def add(self, fd: int, sink: Sink, drain_timeout: float, on_end: Callable[[], None]) -> PumpedTerminal:
-        """Move ``fd``'s bytes into ``sink`` until it ends; then call ``on_end``, which may close it."""
-        terminal = PumpedTerminal(fd, sink, on_end, drain_timeout)
+    def add(
+        self,
+        fd: int,
+        sink: Sink,
+        drain_timeout: float,
+        on_end: Callable[[], None],
+        on_failure: Callable[[Exception], None],
+    ) -> PumpedTerminal:
+        """Move ``fd``'s bytes into ``sink`` until it ends; then call ``on_end``, which may close it.
+
+        ``on_failure`` is called before that, if output is lost.
+        """
+        terminal = PumpedTerminal(fd, sink, on_end, on_failure, drain_timeout)
         self._order(lambda: self._add(terminal))
         return terminal
 
@@ -4036,7 +4047,10 @@ class TerminalPump:
             return
         if terminal.quiet_after is not None:
             terminal.quiet_after = time.monotonic() + terminal.drain_timeout
-        terminal.sink.put(Stream.STDOUT, data)
+        try:
+            terminal.sink.put(Stream.STDOUT, data)
+        except MemoryError as exc:
+            terminal.on_failure(exc)
 
     def _resume(self, terminal: PumpedTerminal) -> None:
         if terminal.paused:
@@ -4351,9 +4365,9 @@ class Flow:
     def _pass_on(self) -> Channel | None:
         """Queue in the channel, which is returned, what the window allows. Holds the lock."""
         channel = self._channel
-        if channel is None or self._first is None:
+        if channel is None or (self._first is None and not isinstance(self._last, Error)):
             return channel
-        while self._unsent:
+        while self._unsent and self._first is not None:  # else its start could not be told, and it has failed
             stream, data = self._unsent[0]
             if stream is not None:
                 allowed = self._consumed + self._window - self._sent
@@ -4914,7 +4928,8 @@ class Process:
         self.input.open(keyboard, self._exited, terminal=True)
         terminal.close_slave()
         drain_timeout = self._runtime.config.drain_timeout
-        pumped = self._runtime.terminals.add(terminal.master, self._sink, drain_timeout, self._output_ended)
+        terminals = self._runtime.terminals
+        pumped = terminals.add(terminal.master, self._sink, drain_timeout, self._output_ended, self.fail)
         with self._lock:
             self._pumped = pumped
             exited = self._code is not None
@@ -5461,6 +5476,21 @@ class AttachSession:
 
     def run(self) -> None:
         """Copy the log to the client until it ends or the client leaves, in a pool thread."""
+        try:
+            self._follow()
+        except MemoryError as exc:
+            log.error("attach ended: %s", explain_want(exc), extra=self.record.extra)
+            self._cursor.close()
+            error = Error(self.id, f"detached, since output is lost: {explain_want(exc)}", Reason.OUTPUT_LOST)
+            self.record.error(error.reason)
+            self.record.end(error=error)
+            self._finish(error)
+
+    def _finish(self, last: Exit | Error) -> None:
+        """Tell the client the last that there is to say."""
+        self.channel.send(last, lambda: self.host.forget(self))
+
+    def _follow(self) -> None:
         self.record.start(self._target.pid)
         log.info("attach started", extra=self.record.extra)
         while self.channel.wait_for_room() and (part := self._cursor.read()) is not None:
@@ -5472,7 +5502,7 @@ class AttachSession:
         code = self._code()
         self.record.end(code)
         if code is not None:
-            self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
+            self._finish(Exit(self.id, code))
         else:  # the client has left, and the main process goes on
             self.host.forget(self)
         log.info("attach ended%s", self.record.cause, extra=self.record.extra)
@@ -5641,7 +5671,10 @@ class FlowAttachSession(AttachSession):
         self.tie = Tie(request)
         self.tie.flow.connect(self.channel)
 
-    def run(self) -> None:
+    def _finish(self, last: Exit | Error) -> None:
+        self.tie.flow.finish(last)
+
+    def _follow(self) -> None:
         self.record.start(self._target.pid)
         log.info("attach started", extra=self.record.extra)
         flow = self.tie.flow
@@ -5656,7 +5689,7 @@ class FlowAttachSession(AttachSession):
         code = self._code()
         self.record.end(code)
         if code is not None:
-            flow.finish(Exit(self.id, code))
+            self._finish(Exit(self.id, code))
         log.info("attach ended%s", self.record.cause, extra=self.record.extra)
 
     def write(self, data: BytesLike) -> None:

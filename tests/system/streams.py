@@ -45,7 +45,8 @@ def numbered(step: int = 40, role: str = "session") -> list[str]:
     return [sys.executable, "-ISc", _NUMBERED, str(step), role]
 
 
-MAIN = ("--keep-alive", "--copy-output=false", "--", *numbered(role="main"))  # flags, for Streams to attach to
+# Flags, for Streams to attach to. Who is away for a minute is to miss nothing.
+MAIN = ("--replay-size", "16M", "--keep-alive", "--copy-output=false", "--", *numbered(role="main"))
 
 
 class Numbers:
