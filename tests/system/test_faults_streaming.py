@@ -190,6 +190,9 @@ def test_at_the_limit_of_processes_new_work_is_refused_and_all_else_goes_on(as_s
         with without_new_threads(agent):
             _, error = fill(conn)
             assert "the limit of processes is reached" in error or "can't start new thread" in error
+            for user in ("", str(os.stat(as_somebody.home).st_uid)):  # type: ignore[attr-defined]
+                with pytest.raises(SessionError, match=r"the limit of processes is reached|can't start new thread"):
+                    conn.popen(["true"], user=user).wait(DEADLINE)
             assert "can't start new thread" in why_not_connected(agent)
             streams.wait_for_progress()
         connects_again(agent)
