@@ -3487,7 +3487,13 @@ class _PoolThread:
     def __init__(self, pool: ThreadPool) -> None:
         self._pool = pool
         self._jobs: queue.SimpleQueue[tuple[Callable[..., None], tuple[object, ...]]] = queue.SimpleQueue()
-        threading.Thread(target=self._loop, name="pool", daemon=True).start()
+        self._abandoned = False  # set before the job that tells it
+        try:
+            threading.Thread(target=self._loop, name="pool", daemon=True).start()
+        except Exception:  # MemoryError while its first sign of life is waited for: nobody will know it
+            self._abandoned = True
+            self.run(lambda: None)
+            raise
 
     def run(self, job: Callable[..., None], *args: object) -> None:
         self._jobs.put((job, args))
@@ -3509,6 +3515,8 @@ class _PoolThread:
                 with contextlib.suppress(MemoryError):
                     log.exception("unexpected error in a pool thread")
             del job, args  # a parked thread keeps nothing alive
+            if self._abandoned:
+                return
             reserved = False
             self._pool._park(self)
 
@@ -7393,7 +7401,26 @@ class QueuedConnection(WebSocket):
         protocol.reader = FrameReader()
         protocol.parser = protocol.parse()
         next(protocol.parser)
-        super().__init__(stream, protocol, *args, **kwargs)
+        try:
+            super().__init__(stream, protocol, *args, **kwargs)
+        except Exception:  # the system refuses the receiver's thread: let go of what the library has opened for it
+            for name in ("shutdown_watcher", "shutdown_notifier"):
+                if (end := getattr(self, name, None)) is not None:
+                    end.close()
+            raise
+
+    def recv_events(self) -> None:
+        """The receiver, see receive_all()."""
+        try:
+            self.receive_all()
+        except (OSError, MemoryError) as exc:  # of the library's, before it could begin: no descriptor or memory
+            log.error("connection lost: %s", explain_want(exc), extra={"peer": self.who.name})
+            self.close_socket()
+            self.shutdown_watcher.close()
+
+    def receive_all(self) -> None:
+        """Receive until the connection ends."""
+        super().recv_events()
 
     def start_writer(self, pool: ThreadPool) -> None:
         """Send from a thread of ``pool`` from now on; call it right after the handshake.
@@ -8795,8 +8822,8 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
         if self.response is not None:  # handshake() has made it; where that is a refusal, it waits for the receiver
             self._answered.set()
 
-    def recv_events(self) -> None:
-        """The receiver: first what has been read before, then the socket.
+    def receive_all(self) -> None:
+        """Receive first what has been read before, then what comes.
 
         What follows the request waits for the answer to that: a pong or a close would overtake it.
         """
@@ -8805,7 +8832,7 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
         self._answered.wait()
         if rest:
             self._feed(rest)
-        super().recv_events()
+        super().receive_all()
 
     def _feed(self, data: bytes) -> None:
         with self.protocol_mutex:
