@@ -29,7 +29,7 @@ SECRETS = ["0123456789abcdef", "fedcba9876543210"]
 # What the good ones may hold. No command or path among them changes this machine's files.
 GOOD: dict[str, dict[str, Any]] = {
     "exec": {"cmd": COMMANDS, "tty": [False, True], "detach": [False, False, True], "stdin": [True, False],
-             "window": [0, 1, 70_000], "secret": ["", *SECRETS], "connection": [0, 1, 2], "user": ["", "root", "nosuch"]},
+             "window": [0, 1, 70_000], "secret": ["", *SECRETS], "connection": [0, 1, 2], "user": ["", "root", "?"]},
     "attach": {"session": ["", *IDS], "replay": [True, False], "secret": ["", *SECRETS], "connection": [0, 1, 2]},
     "stdin": {"data": ["", "aGVsbG8K", "AA=="]},
     "close_stdin": {},
