@@ -47,7 +47,7 @@ def test_any_request_is_taken_or_refused(version: int, data: Any) -> None:
     else:
         describe_request(request).encode("utf-8", "backslashreplace")
         if not isinstance(request, agent.Stdin):  # in version 2 its data is a frame's
-            assert decode_request(encode(request).decode("ascii"), 2) is not None
+            assert decode_request(encode(request).decode("ascii"), version) is not None
 
 
 @pytest.mark.parametrize("version", [1, 2])
