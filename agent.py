@@ -176,6 +176,7 @@ class Reason(enum.StrEnum):
     LIFETIME_EXPIRED = "lifetime_expired"  # the platform is about to end the agent
     LIMIT = "limit"
     STDIN_OVERFLOW = "stdin_overflow"  # the command did not read what was sent
+    OUTPUT_LOST = "output_lost"  # output that has been read could not be kept; the command is killed
     ID_TAKEN = "id_taken"  # by another detached command that runs
     NO_DETACHED_COMMAND = "no_detached_command"  # attach to one that is not there
     NO_SUCH_PATH = "no_such_path"  # of an archive
@@ -1744,20 +1745,25 @@ class LogFormatter(logging.Formatter):
 LOG_BACKLOG = 4096  # records that may wait for stderr to take them
 LOG_GATHERED = 256  # records that are enough to be written at once
 LOG_PAUSE = 0.02  # seconds in which records gather: a thread that wakes for each takes a tenth of an exec's time
+LOG_RETRY = 0.5  # seconds from a failure to write to the next try
 
 
 class LogHandler(logging.Handler):
     """Writes records to stderr from a thread of its own: whoever logs never waits for a reader that stands still.
 
-    Beyond LOG_BACKLOG records are dropped, and counted in the log once it is read again.
+    What a full disk does not take waits, and is tried again. Beyond LOG_BACKLOG
+    records are dropped, as is what a closed pipe refuses; that is counted, and
+    said in the log once it is written again.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._stream = sys.stderr
+        self._rest = b""  # formatted, and not written yet; the writing thread's
         self._changed = threading.Condition()  # guards the attributes below
         self._records: collections.deque[logging.LogRecord] = collections.deque()
         self._dropped = 0  # since it was last said
+        self._why = ""  # they were
         self.lost = 0  # in all
         self._writing = False
         self._started = False
@@ -1767,13 +1773,13 @@ class LogHandler(logging.Handler):
         """Queue a record. Does without the lock of the base class, which is held while it writes."""
         with self._changed:
             if len(self._records) >= LOG_BACKLOG:
-                self._dropped += 1
-                self.lost += 1
+                self._drop(1, self._why or "stderr was not read")
                 return False
             self._records.append(record)
             if not self._started:
-                threading.Thread(target=self._run, name="log", daemon=True).start()
-                self._started = True
+                with contextlib.suppress(RuntimeError):  # no thread to be had: the next record tries again
+                    threading.Thread(target=self._run, name="log", daemon=True).start()
+                    self._started = True
             if len(self._records) == 1:
                 self._changed.notify_all()
             if len(self._records) == LOG_GATHERED or record.levelno >= logging.WARNING:
@@ -1784,7 +1790,17 @@ class LogHandler(logging.Handler):
         """Wait until everything is written, ``timeout`` seconds at most."""
         self._hurry.set()
         with self._changed:
-            self._changed.wait_for(lambda: not self._records and not self._writing, timeout)
+            started = self._started
+            if started:
+                self._changed.wait_for(lambda: not self._records and not self._writing, timeout)
+        if not started:  # there was no thread: the one who waits is as good
+            self._write_records()
+
+    def _drop(self, count: int, why: str) -> None:
+        """Count lines that will not be written. Holds the lock."""
+        self._dropped += count
+        self.lost += count
+        self._why = why
 
     def _run(self) -> None:
         while True:
@@ -1794,20 +1810,53 @@ class LogHandler(logging.Handler):
                 self._changed.wait_for(lambda: self._records)
             self._hurry.wait(LOG_PAUSE)
             self._hurry.clear()
+            while not self._write_records():
+                time.sleep(LOG_RETRY)
+
+    def _write_records(self) -> bool:
+        """Write what waits; False if it, or a part of it, waits still."""
+        records: list[logging.LogRecord] = []
+        try:
             with self._changed:
-                records, dropped = list(self._records), self._dropped
-                self._records.clear()
-                self._dropped = 0
                 self._writing = True
-            try:
+                if not self._rest:
+                    records, dropped, why = list(self._records), self._dropped, self._why
+                    self._records.clear()
+                    self._dropped = 0
+            if records:
                 lines = [self.format(record) for record in records]
                 if dropped:
-                    words = (f"{dropped} lines are missing here: stderr was not read", (), None)
+                    words = (f"{dropped} lines are missing here: {why}", (), None)
                     lines.append(self.format(logging.LogRecord(log.name, logging.WARNING, "", 0, *words)))
-                self._stream.write("".join(line + "\n" for line in lines))
-                self._stream.flush()
-            except (OSError, ValueError, RuntimeError):  # closed, or broken: there is nobody to tell
-                continue
+                self._rest = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+            self._write_rest()
+        except OSError as exc:
+            why = f"stderr could not be written: {exc.strerror or exc}"
+            with self._changed:
+                if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.ENOBUFS):
+                    self._why = why
+                    return False  # another time it may
+                self._drop(self._rest.count(b"\n"), why)
+                self._rest = b""
+        except Exception as exc:  # MemoryError; or a record that makes no sense: logging must not end for it
+            with self._changed:
+                self._drop(len(records), f"unexpected error: {exc!r}")
+        return True
+
+    def _write_rest(self) -> None:
+        """Write, without the stream's own buffer: that would keep what has failed, and tear lines."""
+        try:
+            fd = self._stream.fileno()
+        except (OSError, ValueError):  # not a file's
+            text, self._rest = self._rest.decode(), b""
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        while self._rest:
+            try:
+                self._rest = self._rest[os.write(fd, self._rest) :]
+            except BlockingIOError:  # whoever shares it made it non-blocking
+                select.select((), (fd,), ())
 
 
 def set_up_logging(config: Config) -> LogHandler:
@@ -2033,10 +2082,18 @@ class AuditLog:
                 return
             self._entries.append(line)
             self._size += len(line)
-            if not self._started:  # not before: no thread may exist when the agent takes over its signals
+            self._changed.notify_all()
+
+    def start(self) -> None:
+        """Start to write; not before the agent has taken over its signals.
+
+        Raises:
+            RuntimeError: if the system refuses the thread.
+        """
+        with self._changed:
+            if not self._started:
                 threading.Thread(target=self._run, name="audit", daemon=True).start()
                 self._started = True
-            self._changed.notify_all()
 
     def flush(self, timeout: float) -> None:
         """The agent ends: wait until everything is written, ``timeout`` seconds at most."""
@@ -2054,9 +2111,10 @@ class AuditLog:
                 if lost and not self._rest:
                     self._note_loss(lost)
                 self._write(line)
-            except OSError as exc:
+            except (OSError, MemoryError) as exc:
                 if not self._failing:
-                    log.error("audit log: cannot write to %s, trying again: %s", self._path, exc.strerror)
+                    why = getattr(exc, "strerror", None) or repr(exc)
+                    log.error("audit log: cannot write to %s, trying again: %s", self._path, why)
                 self._failing = True
                 time.sleep(AUDIT_RETRY)
                 continue
@@ -2111,6 +2169,9 @@ class AuditLines:
         record.audit = entry
         if not self._handler.handle(record):
             self._counters.count(AUDIT_LOST)
+
+    def start(self) -> None:
+        """The log's thread writes them."""
 
     def flush(self, timeout: float) -> None:
         self._handler.flush(timeout)
@@ -2176,6 +2237,7 @@ class Record:
         self._lock = threading.Lock()  # guards the attributes below
         self._who = who
         self._started = 0.0  # Unix time
+        self._early: tuple[int | None, int, Error | None] | None = None  # its end, if that came before its start
         self._ended = False
         self._cause = ""
 
@@ -2191,9 +2253,11 @@ class Record:
         """What it is for has begun."""
         with self._lock:
             self._started = time.time()
-            who = self._who
+            who, early = self._who, self._early
         self._books.begin(self)
         self._tell("start", who, **describe_opening(self._request), **({"pid": pid} if pid else {}))
+        if early is not None:
+            self.end(*early)
 
     def refuse(self, reason: str, message: str) -> None:
         """It could not begin."""
@@ -2238,8 +2302,10 @@ class Record:
             self._cause = self._cause or cause
 
     def end(self, code: int | None = None, killed_by: int = 0, error: Error | None = None) -> None:
-        """It is over; what was over already, or never began, stays as it is."""
+        """It is over; what was over already, or never began, stays as it is. A start may be told after the end."""
         with self._lock:
+            if not self._started:
+                self._early = (code, killed_by, error)
             if self._ended or not self._started:
                 return
             self._ended = True
@@ -2270,6 +2336,11 @@ class Books:
         self._audit = audit
         self._lock = threading.Lock()  # guards _open
         self._open: set[Record] = set()
+
+    def start(self) -> None:
+        """Start to write the audit log, if there is one. Raises RuntimeError if the system refuses the thread."""
+        if self._audit is not None:
+            self._audit.start()
 
     def begin(self, record: Record) -> None:
         with self._lock:
@@ -2468,6 +2539,13 @@ _SPAWN_STRUCT_SIZE = 512  # posix_spawnattr_t is 336 bytes in both, file actions
 _SIGSET_SIZE = 128
 
 
+def explain_want(exc: BaseException) -> str:
+    """What the system had too little of, for the end of a sentence."""
+    if isinstance(exc, MemoryError):
+        return "out of memory"
+    return (exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)).lower()
+
+
 class SpawnError(AgentError):
     """A command that could not be started.
 
@@ -2609,7 +2687,8 @@ def _explain(command: Command, error: int) -> SpawnError:
     if error in (errno.EACCES, errno.EPERM, errno.ENOEXEC, errno.EISDIR, errno.ELOOP, errno.ETXTBSY):
         detail = "is a directory" if os.path.isdir(path) else os.strerror(error).lower()
         return SpawnError(f"{name}: not executable: {detail}", Reason.NOT_EXECUTABLE)
-    return SpawnError(f"{name}: cannot start: {os.strerror(error).lower()}", Reason.START_FAILED)
+    what = "the limit of processes is reached" if error == errno.EAGAIN else os.strerror(error).lower()
+    return SpawnError(f"{name}: cannot start: {what}", Reason.START_FAILED)
 
 
 def _show(path: bytes) -> str:
@@ -2729,9 +2808,14 @@ def _fork_as_user(command: Command, descriptors: Descriptors) -> int:
     who = command.credentials
     assert who is not None
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads, since 3.12; see above
-        pid = os.fork()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads, since 3.12; see above
+            pid = os.fork()
+    except OSError as exc:
+        os.close(reading)
+        os.close(writing)
+        raise _explain(command, exc.errno or errno.EAGAIN) from None
     if pid == 0:
         step = 0
         try:
@@ -2936,13 +3020,17 @@ class Reaper:
     def _run(self) -> None:
         while True:
             try:
-                os.read(self._wake_read, 65536)
+                os.read(self._wake_read, 4096)
                 if self._adopting:
                     self._reap()
                 else:
                     self._reap_own()
-            except Exception:
-                log.exception("reaper: unexpected error")
+            except Exception as exc:
+                if not isinstance(exc, MemoryError):
+                    log.exception("reaper: unexpected error")
+                with contextlib.suppress(BlockingIOError):  # what it has not come to, it is to look at again
+                    os.write(self._wake_write, b"\0")
+                time.sleep(ERROR_PAUSE)
 
     def _reap_own(self) -> None:
         with self._lock:
@@ -2982,6 +3070,8 @@ class Reaper:
 
 
 DESCRIPTORS = 65536  # the agent's own soft limit, if the hard one allows it: a session takes four
+SPARE_DESCRIPTORS = 32  # the last ones, an eighth at most, which no session and no connection takes
+ERROR_PAUSE = 0.1  # seconds that a thread rests after an error, which may come again at once
 _child_limit: tuple[int, int] | None = None  # a child's RLIMIT_NOFILE, if it differs from the agent's
 
 
@@ -2993,6 +3083,19 @@ def raise_descriptor_limit() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         _child_limit = (soft, hard)
+
+
+def check_descriptor(fd: int) -> None:
+    """Keep the last descriptors for what must go on at the limit: ending processes, answering, the audit log.
+
+    Linux gives the lowest number that is free, so a high one says that those below are taken.
+
+    Raises:
+        OSError: EMFILE, if ``fd``, which has just been opened, is among the last.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and fd >= soft - min(SPARE_DESCRIPTORS, soft // 8):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
@@ -3144,26 +3247,33 @@ def end_processes(children: Sequence[Marked] | None, grace: float) -> None:
     pause = 0.01
     found: set[_ProcessInfo] = set()
     empty = 0  # scans in a row that found nothing: one may miss a process that forks and moves on
+    troubled = False  # a scan has failed, and the log was told
     while empty < (SURE_SCANS if hung_up else 1):
+        failed = False
         try:
             # With what was found before: a parent that has ended no longer shows whose its children are.
             found = find_processes(children, found)
-        except OSError as exc:  # no descriptor left
-            log.error("cannot look for processes to end, trying again: %s", exc.strerror)
+        except (OSError, MemoryError) as exc:  # no descriptor left, or nothing to read into
+            if not troubled:
+                log.error("cannot look for processes to end, trying again: %s", explain_want(exc))
+            troubled = failed = True
             found = found or hung_up
-        empty = 0 if found else empty + 1
+        empty = 0 if found or failed else empty + 1
         killing = time.monotonic() >= deadline
         for process in found:
-            if killing:
-                _signal_process(process, signal.SIGKILL)
-            elif process not in hung_up:
-                _signal_process(process, signal.SIGHUP)
-                _signal_process(process, signal.SIGCONT)
-        hung_up |= found
+            try:
+                if killing:
+                    _signal_process(process, signal.SIGKILL)
+                elif process not in hung_up:
+                    _signal_process(process, signal.SIGHUP)
+                    _signal_process(process, signal.SIGCONT)
+            except (OSError, MemoryError):  # the same: another time
+                continue
+            hung_up.add(process)
         if killing and time.monotonic() > deadline + KILL_LIMIT:
             log.error("cannot end processes %s", sorted(process.pid for process in found))
             return
-        time.sleep(pause if found else 0.001)  # processes that are not our children announce no exit
+        time.sleep(pause if found or failed else 0.001)  # processes that are not our children announce no exit
         pause = min(pause * 1.5, 0.2)
 
 
@@ -3177,6 +3287,25 @@ def hide_memory() -> None:
     what is private of /proc/self from now on, this process included.
     """
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+M_ARENA_MAX = -8  # <malloc.h>
+
+
+def share_malloc_arena() -> None:
+    """Let all threads allocate from one arena of malloc; call it before any thread exists.
+
+    glibc gives threads arenas of their own, 8 for each core (mallopt(3)), so that they need not wait for each other.
+    Python's mostly wait for its lock anyway, and what one arena has free is of no use to the others. musl has one.
+    """
+    with contextlib.suppress(AttributeError):
+        _libc.mallopt(M_ARENA_MAX, 1)
+
+
+def give_back_memory() -> None:
+    """Return to the system what malloc keeps of freed memory (malloc_trim(3)); musl returns it by itself."""
+    with contextlib.suppress(AttributeError):
+        _libc.malloc_trim(0)
 
 
 @dataclasses.dataclass
@@ -3203,15 +3332,24 @@ def start_watchdog(grace: float) -> Roll:
     """
     roll = Roll()
     watched, alive = os.pipe2(os.O_CLOEXEC)
-    forked = os.fork()
-    if forked == 0:
-        try:
-            if os.fork() == 0:
-                _watch(watched, roll, grace)
-        finally:
-            os._exit(0)
-    os.close(watched)
-    os.waitpid(forked, 0)
+    try:
+        forked = os.fork()
+        if forked == 0:
+            failure = errno.EAGAIN
+            try:
+                if os.fork() == 0:
+                    _watch(watched, roll, grace)
+                failure = 0
+            finally:
+                os._exit(failure)
+        _, status = os.waitpid(forked, 0)
+        if status:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    except OSError:
+        os.close(alive)
+        raise
+    finally:
+        os.close(watched)
     os.set_inheritable(alive, False)  # and never closed: it breaks with this process
     return roll
 
@@ -3249,6 +3387,7 @@ PIPE_SIZE = 1 << 20  # bytes that a busy pipe is grown to (F_SETPIPE_SZ)
 FIRST_READ = 64 << 10  # bytes in the first read: a new pipe's capacity (pipe(7))
 BUSY_READ = 512 << 10  # bytes in each once the pipe is grown: a quarter less time for a byte than with 256 KiB
 IDLE_THREAD_LIFE = 10.0  # seconds that a thread stays parked
+RETRY_PAUSE = 0.1  # seconds after which a thread is asked for again where the system refused one
 DEFAULT_WINDOW = (80, 24)  # columns, rows
 
 
@@ -3256,12 +3395,41 @@ class ThreadPool:
     """Threads that are taken from a park and go back to it: ten times cheaper than new ones.
 
     There is no upper bound: every job may block for as long as a command runs.
+    The system may have one, and who must have a thread nevertheless is called again.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the attributes below
         self._idle: dict[_PoolThread, None] = {}  # a dict, so that thousands that retire at once cost little
         self._count = 0  # threads, parked ones among them
+        self._retries: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def start_retrying(self) -> None:
+        """Start the thread that retry_later() needs: before the system refuses any.
+
+        Raises:
+            RuntimeError: if it does already.
+        """
+        threading.Thread(target=self._retry, name="retry", daemon=True).start()
+
+    def retry_later(self, callback: Callable[[], None]) -> None:
+        """Call ``callback``, which submits what was refused a thread, after a while; it must not block."""
+        self._retries.put(callback)
+
+    def _retry(self) -> None:
+        while True:
+            callbacks = [self._retries.get()]
+            time.sleep(RETRY_PAUSE)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    callbacks.append(self._retries.get_nowait())
+            for callback in callbacks:
+                try:
+                    callback()
+                except Exception:
+                    log.exception("unexpected error in a second try")
+                    self._retries.put(callback)
+            del callbacks, callback  # nothing is kept alive
 
     def submit(self, job: Callable[..., None], *args: object) -> None:
         """Run ``job`` in a thread.
@@ -3284,7 +3452,7 @@ class ThreadPool:
                 taken.append(_PoolThread(self))
                 with self._lock:
                     self._count += 1
-        except RuntimeError:
+        except Exception:  # MemoryError, too
             self.release(taken)
             raise
         return taken
@@ -3331,13 +3499,15 @@ class _PoolThread:
                 job, args = self._jobs.get(timeout=None if reserved else IDLE_THREAD_LIFE)
             except queue.Empty:
                 if self._pool._retire(self):
+                    give_back_memory()  # there was more to do than there is: 40 us if it is for nothing
                     return
                 reserved = True
                 continue
             try:
                 job(*args)
             except Exception:
-                log.exception("unexpected error in a pool thread")
+                with contextlib.suppress(MemoryError):
+                    log.exception("unexpected error in a pool thread")
             del job, args  # a parked thread keeps nothing alive
             reserved = False
             self._pool._park(self)
@@ -3403,8 +3573,8 @@ class PipeReader:
         self._quiet_since = math.inf  # on the monotonic clock; infinite while the process runs
         self._poller = select.poll()
 
-    def run(self, on_end: Callable[[], None]) -> None:
-        """Read until the end, close the pipes and call ``on_end``."""
+    def run(self, on_end: Callable[[], None], on_failure: Callable[[Exception], None]) -> None:
+        """Read until the end, close the pipes and call ``on_end``; before that ``on_failure``, if output is lost."""
         self._exited.hold()
         for fd in (*self._streams, self._exited.fd):
             self._poller.register(fd, select.POLLIN)
@@ -3419,6 +3589,8 @@ class PipeReader:
                         self._quiet_since = time.monotonic()
                     else:
                         self._read(fd)
+        except Exception as exc:
+            on_failure(exc)
         finally:
             for fd in list(self._streams):
                 self._close(fd)
@@ -3435,7 +3607,12 @@ class PipeReader:
         """Read a pipe that is ready, once what is read is welcome."""
         self._sink.wait_for_room()
         size = self._sizes[fd]
-        data = os.read(fd, size)
+        try:
+            data = os.read(fd, size)
+        except MemoryError:  # before anything was read: less may be had, or this in a while
+            self._sizes[fd] = FIRST_READ
+            time.sleep(ERROR_PAUSE)
+            return
         if not data:
             self._poller.unregister(fd)
             self._close(fd)
@@ -3488,6 +3665,7 @@ class Input:
         self._ending = False  # close after the queue
         self._dead = False  # the child is gone: whatever comes is dropped, as in a broken pipe
         self._writing = False  # a pool thread has the queue
+        self._refused = False  # it could not have one, and that was said; whoever starts the writer sets it
 
     def open(self, fd: int, exited: Wakeup, terminal: bool = False) -> None:
         """Start to write to ``fd``, a non-blocking descriptor that now belongs to this object."""
@@ -3586,9 +3764,23 @@ class Input:
         try:
             self._pool.submit(self._write_queue)
         except RuntimeError as exc:
-            log.error("stdin: no thread to write %d bytes, until more input comes: %s", self._queued, exc,
-                      extra=self.extra)  # fmt: skip
             self._stop_writer(restart=False)
+            if not self._refused:
+                log.error("stdin: no thread to write %d bytes, trying again: %s", self._queued, exc, extra=self.extra)
+            self._refused = True
+            self._pool.retry_later(self._write_rest)
+        else:
+            self._refused = False
+
+    def _write_rest(self) -> None:
+        """Write what waits, with another try to have a thread for what the child does not take at once."""
+        with self._lock:
+            if not self._writing:
+                self._write_some()
+            start = self._claim_writer()
+        if start:
+            self._start_writer()
+        self._tell()
 
     def _write_queue(self) -> None:
         """Write as the child reads, until the queue is empty or the child is gone."""
@@ -3833,6 +4025,9 @@ class TerminalPump:
         try:
             data = os.read(terminal.fd, FIRST_READ)
         except BlockingIOError:
+            return
+        except MemoryError:  # before anything was read
+            time.sleep(ERROR_PAUSE)
             return
         except OSError:  # EIO: the last slave was closed, which is a terminal's end of file
             data = b""
@@ -4556,11 +4751,18 @@ class Runtime:
         self.endings.begin()
         try:
             self.pool.submit(self._end, children)
-        except RuntimeError:  # no thread to be had: no grace either
+        except RuntimeError as exc:
+            log.error("no thread to end processes in: the commands are killed, what they left has to wait: %s", exc)
             for child in children:
                 with contextlib.suppress(PermissionError):
                     child.send_signal(signal.SIGKILL)
-            self.endings.finish()
+            self.pool.retry_later(lambda: self._end_again(children))
+
+    def _end_again(self, children: Sequence[Child]) -> None:
+        try:
+            self.pool.submit(self._end, children)
+        except RuntimeError:
+            self.pool.retry_later(lambda: self._end_again(children))
 
     def _end(self, children: Sequence[Child]) -> None:
         try:
@@ -4589,7 +4791,8 @@ def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[i
 class Process:
     """A child with its pumps: output goes to a sink, input comes from :attr:`input`.
 
-    ``on_exit(code)`` is called when the process has ended, ``on_finished(code)``
+    Making one raises OSError where the system has no descriptors left for it.
+    It is to be started, or dropped. ``on_exit(code)`` is called when the process has ended, ``on_finished(code)``
     when all its output is in the sink too; each once, in this order, from
     whichever thread sees it, and they must not block.
     """
@@ -4609,6 +4812,11 @@ class Process:
         self._on_finished = on_finished
         self._on_exit = on_exit
         self._exited = Wakeup()  # wakes the pumps; this object is one of its holders until EXITED
+        try:
+            check_descriptor(self._exited.fd)
+        except OSError:
+            self._exited.release()
+            raise
         self._outputs: dict[int, Stream] = {}  # for pump(), set by start()
         # Guards the attributes below.
         self._lock = threading.Lock()
@@ -4621,6 +4829,7 @@ class Process:
         self._abandoned = False  # end() came before the child exists
         self._output_open = True
         self._code: int | None = None
+        self.fault = ""  # why output is lost; written once, before the output ends
 
     @property
     def pid(self) -> int:
@@ -4631,6 +4840,10 @@ class Process:
     def killed_by(self) -> int:
         """The signal that ended it, 0 if it ended by itself or has not ended."""
         return self._child.killed_by if self._child is not None else 0
+
+    def drop(self) -> None:
+        """It will not be started."""
+        self._exited.release()
 
     def start(
         self,
@@ -4652,10 +4865,13 @@ class Process:
                 self._start_on_terminal(command)
             else:
                 self._start_on_pipes(command)
-        except (OSError, RuntimeError) as exc:  # no descriptor, terminal or thread left
-            self._exited.release()
-            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-            raise SpawnError(f"{cmd[0]}: cannot start: {reason.lower()}", Reason.START_FAILED) from None
+        except (OSError, RuntimeError, MemoryError) as exc:  # no descriptor, terminal, thread or memory left
+            if self._child is None:
+                self._exited.release()
+                raise SpawnError(f"{cmd[0]}: cannot start: {explain_want(exc)}", Reason.START_FAILED) from None
+            self.fail(exc)  # it runs already: it is ended, and its end told
+            if self.tty and self._pumped is None:
+                self._output_ended()
         except SpawnError:
             self._exited.release()
             raise
@@ -4672,9 +4888,9 @@ class Process:
                 descriptors = Descriptors(child_stdin, child_stdout, child_stderr)
                 child = self._runtime.reaper.spawn(command, descriptors, self._child_exited)
             undo.pop_all()
+        self._outputs = {stdout: Stream.STDOUT, stderr: Stream.STDERR}
         with self._lock:
             self._child = child
-        self._outputs = {stdout: Stream.STDOUT, stderr: Stream.STDERR}
         os.set_blocking(stdin, False)
         self.input.open(stdin, self._exited)
 
@@ -4721,7 +4937,15 @@ class Process:
         """Move output until it ends; the caller's thread becomes its reader. On a terminal, return at once."""
         if not self.tty:
             drain_timeout = self._runtime.config.drain_timeout
-            PipeReader(self._outputs, self._sink, self._exited, drain_timeout).run(self._output_ended)
+            PipeReader(self._outputs, self._sink, self._exited, drain_timeout).run(self._output_ended, self.fail)
+
+    def fail(self, error: Exception) -> None:
+        """Kill it, since it cannot be seen to: output with a gap in it is worse than none."""
+        self.fault = self.fault or f"the command is killed: its output is lost: {explain_want(error)}"
+        with contextlib.suppress(MemoryError):
+            log.error("a process cannot be seen to, and is killed", exc_info=error, extra=self.input.extra)
+        with contextlib.suppress(PermissionError):
+            self.send_signal(signal.SIGKILL)
 
     def send_signal(self, number: int, alone: bool = False) -> None:
         """Signal the process group; on a terminal its foreground group, as the terminal would.
@@ -4876,10 +5100,13 @@ class ExecSession:
             self._not_started(exc)
             log.info("exec failed: %s", exc, extra=self.record.extra)
             return
-        self.started_at = time.time()
-        self.record.start(self._process.pid)
-        self._started()
-        log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra=self.record.extra)
+        try:
+            self.started_at = time.time()
+            self.record.start(self._process.pid)
+            self._started()
+            log.info("exec started: pid %d, %s", self._process.pid, request.cmd[0][:200], extra=self.record.extra)
+        except MemoryError as exc:
+            self._process.fail(exc)
         self._process.pump()
 
     def _started(self) -> None:
@@ -4895,8 +5122,15 @@ class ExecSession:
         log.info("exec ended: exit code %d%s%s", code, by, record.cause, extra=record.extra)
         record.end(code, killed_by)
 
+    def _lost(self) -> Error:
+        """What its client is told of output that is lost."""
+        self.record.error(Reason.OUTPUT_LOST)
+        return Error(self.id, self._process.fault, Reason.OUTPUT_LOST)
+
     def _finished(self, code: int) -> None:
         self._note_end(code)
+        if self._process.fault:
+            self.channel.send(self._lost())
         # The id is free once its exit is on its way: another session's output must not come before it.
         self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
 
@@ -4952,6 +5186,10 @@ class LoggedProcess:
         self.started_at = self.ended_at = 0.0  # Unix times; each written once
         self._runtime = runtime
         self._process = Process(runtime, self.log, self._on_finished, self._on_exit, tty)
+
+    def drop(self) -> None:
+        """See :meth:`Process.drop`."""
+        self._process.drop()
 
     @property
     def pid(self) -> int:
@@ -5351,7 +5589,8 @@ class FlowExecSession(ExecSession):
 
     def _finished(self, code: int) -> None:
         self._note_end(code)
-        self.tie.flow.finish(Exit(self.id, code))  # and kept, until its client says that it has it
+        # Kept until its client says that it has it.
+        self.tie.flow.finish(Exit(self.id, code) if not self._process.fault else self._lost())
         if self.tie.ending:
             self.host.settle(self)
 
@@ -5466,7 +5705,11 @@ class DetachingSession:
         self._commands = commands
         self.record = host.open_record(request)
         self._command = DetachedCommand(runtime, request, self.record, self._ended)
-        commands.add(self._command)
+        try:
+            commands.add(self._command)
+        except LookupError:
+            self._command.drop()
+            raise
 
     def run(self) -> None:
         """Start the command and read its stdout, in a pool thread."""
@@ -6658,10 +6901,10 @@ class HealthChecker:
             (thread,) = self._runtime.pool.reserve(1)
         except RuntimeError as exc:
             return result(-1, f"Health check could not start: {exc}")
-        process = Process(self._runtime, output, on_finished)
         try:
+            process = Process(self._runtime, output, on_finished)
             process.start(("/bin/sh", "-c", config.health_cmd))
-        except SpawnError as exc:
+        except (OSError, SpawnError) as exc:
             self._runtime.pool.release([thread])
             return result(-1, f"Health check could not start: {exc}")
         process.input.end()
@@ -6933,9 +7176,7 @@ class TLSStream:
         while True:
             try:
                 with self._lock:
-                    if self._closed:
-                        return b""
-                    return self._sock.recv(max(size, self.RECORD))  # a whole record: nothing stays behind in OpenSSL
+                    return self._read(max(size, self.RECORD))  # a whole record: nothing stays behind in OpenSSL
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)
             except ssl.SSLWantWriteError:
@@ -6945,6 +7186,10 @@ class TLSStream:
             except ssl.SSLError as exc:
                 self.error = exc
                 raise
+
+    def _read(self, size: int) -> bytes:
+        """Holds the lock."""
+        return b"" if self._closed else self._sock.recv(size)
 
     def sendall(self, data: BytesLike) -> None:
         view = memoryview(data)
@@ -7237,9 +7482,15 @@ class QueuedConnection(WebSocket):
             info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
         except OSError:  # a unix socket, whose other end cannot vanish without a word; or closed
             return 0.0
-        # tcpi_last_ack_recv of struct tcp_info (<linux/tcp.h>), in milliseconds:
-        # a peer whose program is stuck still acknowledges, one that is cut off does not.
+        # struct tcp_info (<linux/tcp.h>): tcpi_probes, tcpi_backoff, tcpi_unacked, tcpi_last_ack_recv (milliseconds).
+        # A peer whose program is stuck still acknowledges, one that is cut off does not. Once its window is full the
+        # kernel only asks now and then whether there is room again, after up to two minutes. While that is answered,
+        # the peer is there.
+        probes, backoff = info[3], info[4]
+        (unacknowledged,) = struct.unpack_from("I", info, 24)
         (last_ack_received,) = struct.unpack_from("I", info, 56)
+        if backoff and not unacknowledged and probes < 2:  # one may be under way
+            return 0.0
         return min(silence, float(last_ack_received) / 1000)
 
     def unsent(self) -> int:
@@ -7268,7 +7519,7 @@ class QueuedConnection(WebSocket):
                     else:
                         buffers += self._to_buffers(item)
                 self._send(buffers)
-        except OSError as exc:
+        except (OSError, MemoryError) as exc:
             self._fail(exc)
 
     def _to_buffers(self, item: bytes | _Turn) -> list[BytesLike]:
@@ -7283,21 +7534,24 @@ class QueuedConnection(WebSocket):
 
     def _send_now(self, batch: list[bytes | _Turn]) -> list[BytesLike]:
         """Send without waiting, in whichever thread; returns what is left."""
-        buffers = [buffer for item in batch for buffer in self._to_buffers(item)]
+        buffers: list[BytesLike] = []
         try:
+            for item in batch:
+                buffers += self._to_buffers(item)
             count = self.socket.sendmsg(buffers[:IOV_MAX], (), socket.MSG_DONTWAIT)
             if count > CONTROL_SIZE:
                 self._sent += count
             _drop(buffers, count)
         except BlockingIOError:
             pass
-        except OSError as exc:
+        except (OSError, MemoryError) as exc:
             self._fail(exc)
             return []
         return buffers
 
-    def _fail(self, exc: OSError) -> None:
-        log.debug("connection lost while sending: %s", exc, extra={"peer": self.who.name})
+    def _fail(self, exc: OSError | MemoryError) -> None:
+        level = logging.ERROR if isinstance(exc, MemoryError) else logging.DEBUG
+        log.log(level, "connection lost while sending: %s", explain_want(exc), extra={"peer": self.who.name})
         # The receiver sees the end of the stream and closes everything.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -7345,7 +7599,8 @@ class Heartbeat:
     A missing pong is not enough: a version 1 client that is blocked on its own
     slow reader answers none. Gone is who does not even acknowledge at the TCP
     level. A backend, which reverse mode dials, never blocks on its readers:
-    there, gone is also who neither sends nor takes anything.
+    there, gone is also who neither sends nor takes anything. Time in which this
+    process itself was stopped, or its machine slept, is no silence of a peer's.
     """
 
     def __init__(self, interval: float, timeout: float, strict: bool = False) -> None:
@@ -7355,11 +7610,23 @@ class Heartbeat:
         self._lock = threading.Lock()  # guards the attributes below
         self._connections: dict[QueuedConnection, float] = {}  # and when each is pinged next
         self._started = False
+        # The thread's alone: since when, on the monotonic clock, it has run without being held up. Silence before that
+        # may have been the silence of who was stopped himself.
+        self._awake_since = 0.0
 
     def add(self, connection: QueuedConnection) -> None:
-        """Watch a connection until remove(); starts the thread with the first one."""
+        """Watch a connection until remove(); starts the thread if start() has not."""
+        self.start()
         with self._lock:
             self._connections[connection] = time.monotonic() + self._interval
+
+    def start(self) -> None:
+        """Start the thread, so that add() does not have to.
+
+        Raises:
+            RuntimeError: if the system refuses it.
+        """
+        with self._lock:
             if not self._started:
                 threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
                 self._started = True
@@ -7369,20 +7636,34 @@ class Heartbeat:
             self._connections.pop(connection, None)
 
     def _run(self) -> None:
+        before = time.monotonic()
         while True:
             time.sleep(self._interval / 4)
             now = time.monotonic()
-            with self._lock:
-                due = [connection for connection, when in self._connections.items() if when <= now]
-                self._connections.update(dict.fromkeys(due, now + self._interval))
+            if now - before > self._interval:
+                self._awake_since = now
+            before = now
+            try:
+                due = self._due()
+            except MemoryError:  # their turn comes again
+                continue
             for connection in due:
                 try:
                     self._check(connection)
                 except Exception:
                     log.exception("heartbeat: unexpected error")
 
+    def _due(self) -> list[QueuedConnection]:
+        """Whose turn it is."""
+        now = time.monotonic()
+        with self._lock:
+            due = [connection for connection, when in self._connections.items() if when <= now]
+            self._connections.update(dict.fromkeys(due, now + self._interval))
+        return due
+
     def _check(self, connection: QueuedConnection) -> None:
         silence = connection.stuck_for() if self._strict else connection.silence()
+        silence = min(silence, time.monotonic() - self._awake_since)
         if silence > self._timeout:
             log.warning("connection closed: nothing was heard of the peer for %.0f seconds", silence,
                         extra={"peer": connection.who.name})  # fmt: skip
@@ -7426,7 +7707,8 @@ class SessionRegistry:
         self._main = main
         self._describe_health = describe_health
         self.instance = secrets.token_hex(8)  # tells clients in the handshake which agent has their sessions
-        self._starting = threading.Lock()  # held from the search for a secret to its entry, see start()
+        # Held from the search for a secret to its entry, see start().
+        self._starting = threading.Lock()
         self._lock = threading.Lock()  # guards the attributes below
         self._count = 0
         self._peers: set[Peer] = set()
@@ -7437,7 +7719,7 @@ class SessionRegistry:
         self._over: dict[str, None] = {}  # secrets of the latest that have ended, oldest first
         self._parked: dict[FlowSession, float] = {}  # without a connection, and when that is to end
         self._parking = threading.Condition(self._lock)  # the thread that ends them waits here
-        self._parking_started = False
+        self._closed = False
 
     @property
     def refusal(self) -> str:
@@ -7445,8 +7727,9 @@ class SessionRegistry:
         return self._refusal
 
     def close(self) -> None:
-        """The agent ends: start nothing any more."""
+        """The agent ends: start nothing any more, and keep nothing for later."""
         with self._lock:
+            self._closed = True
             self._refusal = self._refusal or "the agent is ending: nothing is started any more"
 
     def expire(self) -> None:
@@ -7576,33 +7859,49 @@ class SessionRegistry:
             if peer.version == 2:
                 peer.push_health(message)
 
-    def park(self, session: FlowSession, peer: Peer, window: float, end: Callable[[Child], None]) -> None:
-        """``peer`` has left a session: keep it for ``window`` seconds, unless another connection has it already.
+    def start_parking(self, end: Callable[[Sequence[Child]], None]) -> None:
+        """Start the thread that ends sessions nobody has resumed, before there is one: then a cut can fail at nothing.
+
+        Args:
+            end: ends what children have started, and does not wait for that.
 
         Raises:
-            RuntimeError: if the system refuses the thread that ends it.
+            RuntimeError: if the system refuses the thread.
+        """
+        threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
+
+    def park(self, session: FlowSession, peer: Peer, window: float) -> bool:
+        """``peer`` has left a session: keep it for ``window`` seconds, unless another connection has it already.
+
+        Returns:
+            False if its client is done with it, or the agent ends: it is ``peer``'s still, who is to release() it.
         """
         with self._lock:
-            if session.host is not peer or session.tie.secret not in self._resumable:
-                return
-            ending = session.tie.ending
-            if ending:  # its client is done with it
-                del self._resumable[session.tie.secret]
-                self._remember(session.tie.secret)
-                self._count -= 1
-            else:
-                self._park(session, window, end)
-        child = session.leave() if ending else None
-        if child is not None:
-            end(child)
-        if not ending:
-            session.record.park(window)
+            if not self._has(peer, session):
+                return True
+            if session.tie.ending or self._closed:
+                return False
+            self._park(session, window)
+        session.record.park(window)
+        return True
 
-    def _park(self, session: FlowSession, window: float, end: Callable[[Child], None]) -> None:
+    def release(self, session: FlowSession, peer: Peer) -> bool:
+        """``peer`` has left a session for good: nobody resumes it. False if another connection has it already."""
+        with self._lock:
+            if not self._has(peer, session):
+                return False
+            del self._resumable[session.tie.secret]
+            self._remember(session.tie.secret)
+            self._count -= 1
+            peer.drop(cast(Session, session))
+            return True
+
+    def _has(self, peer: Peer, session: FlowSession) -> bool:
+        """Whether a session is this connection's. Holds the lock."""
+        return session.host is peer and session.tie.secret in self._resumable
+
+    def _park(self, session: FlowSession, window: float) -> None:
         """Holds the lock."""
-        if not self._parking_started:
-            threading.Thread(target=self._end_parked, args=(end,), name="parking", daemon=True).start()
-            self._parking_started = True
         session.host = self
         session.tie.flow.disconnect(session.channel)
         self._parked[session] = time.monotonic() + window
@@ -7627,7 +7926,7 @@ class SessionRegistry:
             try:
                 tie.flow.check(request.offset, request.acked)
             except ValueError as exc:
-                raise ClaimError(f"resume: {exc}", Reason.BAD_MESSAGE) from None
+                raise ClaimError(f"resume: {exc}", Reason.BAD_REQUEST) from None
             channel = peer.open_channel(request.id)
             with self._lock:
                 if session.id != request.id or request.secret not in self._resumable:
@@ -7689,7 +7988,7 @@ class SessionRegistry:
         if len(self._over) > REMEMBERED_IDS:
             del self._over[next(iter(self._over))]
 
-    def _end_parked(self, end: Callable[[Child], None]) -> None:
+    def _end_parked(self, end: Callable[[Sequence[Child]], None]) -> None:
         while True:
             with self._lock:
                 now = time.monotonic()
@@ -7703,11 +8002,14 @@ class SessionRegistry:
                     self._remember(session.tie.secret)
                 self._count -= len(over)
             for session in over:
-                if not session.tie.flow.finished:
-                    session.record.expire()
-                child = session.leave()
-                if child is not None:
-                    end(child)
+                try:
+                    if not session.tie.flow.finished:
+                        session.record.expire()
+                    child = session.leave()
+                    if child is not None:
+                        end([child])
+                except Exception:  # one session's: the others are to be ended, too
+                    log.exception("cannot end a parked session", extra=session.record.extra)
 
     def abandon_parked(self) -> None:
         """Leave every session that has no connection, for the agent's end."""
@@ -7853,10 +8155,14 @@ class Peer:
             how = "lost"
             why = f"lost: {exc}" if exc.__cause__ is None else f"lost: {exc} ({exc.__cause__})"
         finally:
-            count = self._leave()
-            self._runtime.books.counters.count(CONNECTIONS_CLOSED, how)
-            self._registry.remove(self)  # only now: the agent's end looks here first, then at the endings
-            log.info("connection %s; %d sessions were running", why, count, extra=self._extra)
+            with self._lock:
+                sessions = list(self._sessions.values())
+            try:
+                self._leave(sessions)
+            finally:
+                self._runtime.books.counters.count(CONNECTIONS_CLOSED, how)
+                self._registry.remove(self)  # only now: the agent's end looks here first, then at the endings
+                log.info("connection %s; %d sessions were running", why, len(sessions), extra=self._extra)
 
     def close(self, code: int, reason: str) -> None:
         """Say goodbye: waits CLOSE_TIMEOUT at most for the peer to answer."""
@@ -8071,16 +8377,8 @@ class Peer:
         """Whoever had the session, behind the listener that this peer is, has left it."""
         if isinstance(session, DetachingSession):
             return  # it lives on by itself
-        resumable = cast(FlowSession, session)
-        window = self._runtime.config.resume_window
-        if window:
-            self.drop(session)
-            self._registry.park(resumable, self, window, self._end_child)
-        else:
-            session.end()
-
-    def _end_child(self, child: Child) -> None:
-        self._runtime.end_later([child])
+        self._leave([session])
+        self.drop(session)
 
     def _resume(self, request: Resume) -> None:
         if not self._claim(request):
@@ -8221,16 +8519,17 @@ class Peer:
         except SessionExists:  # by now: the same request was under way on an earlier connection
             self._registry.give_place()
             self._go_on(request)
-        except (OSError, RuntimeError, ValueError) as exc:  # no descriptor or thread left
+        except (OSError, RuntimeError, ValueError, MemoryError) as exc:  # no descriptor, thread or memory left
             self._registry.give_place()
-            self._refuse_opening(request, f"cannot start a session: {exc}", Reason.START_FAILED)
+            self._refuse_opening(request, f"cannot start a session: {explain_want(exc)}", Reason.START_FAILED)
 
     def _open(self, request: Opening) -> None:
-        """Raises OSError or RuntimeError if the system refuses a descriptor or thread, LookupError for a taken id."""
+        """Raises OSError or RuntimeError if the system refuses a descriptor or thread, LookupError for a taken id,
+        ValueError for one that no data frame can hold."""
         (thread,) = self._runtime.pool.reserve(1)
         try:
             run = self._begin(request)
-        except (OSError, ValueError, LookupError, SessionExists):  # ValueError: an id that no data frame can hold
+        except Exception:
             self._runtime.pool.release([thread])
             raise
         self.started += 1
@@ -8261,24 +8560,21 @@ class Peer:
             )
         return (ExecSession if self.version == 1 else FlowExecSession)(self._runtime, self, request)
 
-    def _leave(self) -> int:
-        """End what the connection started, or in version 2 keep it for a while; returns how many sessions it had."""
-        with self._lock:
-            sessions = list(self._sessions.values())
-        window = self._runtime.config.resume_window
-        if self.version == 2 and window and not self._registry.refusal:
-            for session in sessions:
-                resumable = cast(FlowSession, session)
-                self._registry.park(resumable, self, window, self._end_child)
-            return len(sessions)
-        for session in sessions:
-            session.record.because(Cause.CONNECTION)
+    def _leave(self, sessions: Sequence[Session]) -> None:
+        """End sessions as their connection ends, or in version 2 keep them for a while.
+
+        By now another connection may have taken one over. Whose it is the registry decides, which parks and releases
+        nobody else's.
+        """
+        left = list(sessions)
         if self.version == 2:
-            for session in sessions:
-                self._registry.forget(session)
-        children = [child for session in sessions if (child := session.leave()) is not None]
-        self._runtime.end_later(children)
-        return len(sessions)
+            window = self._runtime.config.resume_window
+            flows = [cast(FlowSession, session) for session in sessions]
+            to_end = [flow for flow in flows if not (window and self._registry.park(flow, self, window))]
+            left = [cast(Session, flow) for flow in to_end if self._registry.release(flow, self)]
+        for session in left:
+            session.record.because(Cause.CONNECTION)
+        self._runtime.end_later([child for session in left if (child := session.leave()) is not None])
 
     def abandon(self) -> None:
         """Leave every session, for the agent's end: a command that is being started is ended as it starts."""
@@ -8531,6 +8827,11 @@ def address_of(sock: socket.socket) -> str:
     return str(address)
 
 
+def is_power_of_two(count: int) -> bool:
+    """Whether an address's ``count``-th failed attempt is told: the 1st, 2nd, 4th, 8th and so on are."""
+    return not count & (count - 1)
+
+
 def delay_after(count: int) -> float:
     """Seconds that the answer to an address's ``count``-th failed attempt waits."""
     return float(min(DELAY_FIRST * 2 ** min(count - 1, 10), DELAY_LAST))
@@ -8549,8 +8850,8 @@ class Refusals:
         # many, and when the last was; least recent first
         self.total = 0
 
-    def count(self, guest: Guest, why: str) -> float:
-        """Count and log an attempt; returns how many seconds its answer is to wait."""
+    def count(self, guest: Guest, why: str) -> int:
+        """Count and log an attempt; returns how many there were from its address."""
         now = time.monotonic()
         with self._lock:
             self.total += 1
@@ -8559,13 +8860,31 @@ class Refusals:
             self._recent[guest.address] = (count, now)
             if len(self._recent) > REFUSING_ADDRESSES:
                 self._recent.popitem(last=False)
-        if not count & (count - 1):  # a guesser does not fill the log: the 1st, 2nd, 4th, 8th ...
+        if is_power_of_two(count):  # a guesser does not fill the log
             times = f", {count} times from this address" if count > 1 else ""
             log.warning("client refused: %s%s", why, times, extra={"peer": who_is(guest.socket).name})
-        return delay_after(count)
+        return count
 
 
 REQUEST_LINE = re.compile(rb"([A-Z]+) \S+ HTTP/1\.1\r$")
+
+
+def make_response(status: http.HTTPStatus, text: str) -> HTTPResponse:
+    """A response as websockets' ServerConnection.respond() makes it."""
+    body = text.encode()
+    headers = Headers(
+        [
+            ("Connection", "close"),
+            ("Content-Length", str(len(body))),
+            ("Content-Type", "text/plain; charset=utf-8"),
+        ]
+    )
+    return HTTPResponse(status.value, status.phrase, headers, body)
+
+
+def refuse_for_want(exc: BaseException) -> HTTPResponse:
+    """The answer where the system has no descriptor, thread or memory left for a connection."""
+    return make_response(http.HTTPStatus.SERVICE_UNAVAILABLE, f"the agent cannot serve more: {explain_want(exc)}\n")
 
 
 def judge_head(head: bytes | bytearray) -> tuple[http.HTTPStatus, str] | None:
@@ -8617,21 +8936,16 @@ class Guest:
         # Once it is answered: what it sends is read and thrown away, until it leaves.
         self.answered = False
         self.answer = bytearray()  # what is left of it to send
+        self.answering = False  # some of it may have been sent
         self.due = 0.0  # when that may begin
+        self.on_refusal: Callable[[int], None] = lambda times: None  # told how often its address was refused so far
 
     def respond(self, status: http.HTTPStatus, text: str) -> HTTPResponse:
-        """A response as websockets' ServerConnection.respond() makes it."""
-        body = text.encode()
-        headers = Headers(
-            [
-                ("Connection", "close"),
-                ("Content-Length", str(len(body))),
-                ("Content-Type", "text/plain; charset=utf-8"),
-            ]
-        )
+        """See make_response()."""
+        response = make_response(status, text)
         if status == http.HTTPStatus.METHOD_NOT_ALLOWED:
-            headers["Allow"] = "GET"
-        return HTTPResponse(status.value, status.phrase, headers, body)
+            response.headers["Allow"] = "GET"
+        return response
 
     def refuse_nonsense(self, status: http.HTTPStatus, text: str) -> None:
         """Answer what is no request, and say so in the log."""
@@ -8672,7 +8986,11 @@ class Doorway:
     them all. Only a step that has something to work on gets a thread, STEPS_LIMIT at once. At the limit of guests the
     address that has most of them loses its oldest, so that thousands that hang about keep out nobody, at another
     address least of all.
+
+    A subclass for other requests than a WebSocket's has its own judge(), examine() and ``guest_class``.
     """
+
+    guest_class: ClassVar[type[Guest]] = Guest
 
     def __init__(
         self,
@@ -8709,6 +9027,7 @@ class Doorway:
         self._limit = 0
         self._next_sweep = 0.0
         self._crowded_out = 0  # guests dismissed for others since the log was told
+        self._deaf = 0  # tries in a row in which none could be accepted
 
     def start(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8729,28 +9048,42 @@ class Doorway:
 
     def _run(self) -> None:
         while True:
-            events = self._epoll.poll(SWEEP_INTERVAL if self._guests else None)
-            with self._lock:
-                returned, self._returned = self._returned, []
-                closed = self._closed
-            if closed:
-                for guest in (*self._guests.values(), *returned):
-                    guest.socket.close()
-                return
-            for guest in returned:
-                self._watch(guest)
-            for fd, _ in events:
-                try:
-                    if fd == self._wakeup:
-                        os.eventfd_read(self._wakeup)
-                    elif fd in self._guests:
-                        self._attend(self._guests[fd])
-                    else:
-                        self._accept()
-                except Exception:
-                    log.exception("unexpected error while accepting")
-            if time.monotonic() >= self._next_sweep:
-                self._sweep()
+            try:
+                if not self._attend_all():
+                    return
+            except MemoryError:  # nothing may end this thread: nobody would get in any more
+                time.sleep(ERROR_PAUSE)
+            except Exception:
+                log.exception("unexpected error while accepting")
+                time.sleep(ERROR_PAUSE)
+
+    def _attend_all(self) -> bool:
+        """See to all who have done something since the last time; False once it is closed."""
+        events = self._epoll.poll(SWEEP_INTERVAL if self._guests else None)
+        with self._lock:
+            returned, self._returned = self._returned, []
+            closed = self._closed
+        if closed:
+            for guest in (*self._guests.values(), *returned):
+                guest.socket.close()
+            return False
+        for guest in returned:
+            self._watch(guest)
+        for fd, _ in events:
+            try:
+                if fd == self._wakeup:
+                    os.eventfd_read(self._wakeup)
+                elif fd in self._guests:
+                    self._attend(self._guests[fd])
+                else:
+                    self._accept()
+            except MemoryError:  # it is ready still, the next time
+                time.sleep(ERROR_PAUSE)
+            except Exception:
+                log.exception("unexpected error while accepting")
+        if time.monotonic() >= self._next_sweep:
+            self._sweep()
+        return True
 
     def _accept(self) -> None:
         try:
@@ -8759,21 +9092,31 @@ class Doorway:
             return
         except OSError as exc:
             if exc.errno not in (errno.EBADF, errno.EINVAL):  # closed, or shut
-                log.error("cannot accept a connection: %s", exc.strerror)
+                if not self._deaf:
+                    log.error("cannot accept connections, trying again: %s", exc.strerror)
+                self._deaf += 1
                 time.sleep(ACCEPT_PAUSE)
             return
+        if self._deaf:
+            log.warning("connections are accepted again, after %d tries", self._deaf)
+            self._deaf = 0
         sock.setblocking(False)
         if len(self._guests) >= self._limit:
             self._crowded_out += 1
             crowd = max(self._by_address.values(), key=len)
             self._dismiss(next(iter(crowd.values())))
-        self._watch(Guest(sock))
+        self._watch(self.guest_class(sock))
 
     def _watch(self, guest: Guest) -> None:
         fd = guest.socket.fileno()
+        try:
+            self._epoll.register(fd, select.EPOLLIN)
+        except OSError as exc:  # ENOSPC, ENOMEM: see epoll_ctl(2)
+            log.error("cannot watch a connection: %s", exc.strerror, extra={"peer": who_is(guest.socket).name})
+            guest.socket.close()
+            return
         self._guests[fd] = guest
         self._by_address.setdefault(guest.address, {})[fd] = guest
-        self._epoll.register(fd, select.EPOLLIN)
         self._send(guest)
 
     def _unwatch(self, guest: Guest) -> None:
@@ -8799,19 +9142,18 @@ class Doorway:
             )
             self._crowded_out = 0
         for guest in list(self._guests.values()):
+            if guest.answer and guest.due <= now:
+                self._send(guest)
             if guest.deadline <= now:
                 if not guest.answered:
-                    log.debug("client dismissed: no request within %g s", HANDSHAKE_TIMEOUT,
-                              extra={"peer": who_is(guest.socket).name})  # fmt: skip
+                    log.debug("client dismissed: no request in time", extra={"peer": who_is(guest.socket).name})
                 self._dismiss(guest)
-            elif guest.answer and guest.due <= now:
-                self._send(guest)
 
     def _attend(self, guest: Guest) -> None:
         """A guest has sent something, has left, or takes more of its answer."""
         if guest.answered or self._tls is None:
             try:
-                data = socket.socket.recv(guest.socket, READ_SIZE)
+                data = socket.socket.recv(guest.socket, HEAD_LIMIT)
             except BlockingIOError:
                 data = None
             except OSError:
@@ -8822,7 +9164,7 @@ class Doorway:
                 self._send(guest)
             elif data:
                 guest.head += data
-                if fault := judge_head(guest.head):
+                if fault := self.judge(guest.head):
                     guest.refuse_nonsense(*fault)
                     self._send(guest)
                 elif b"\r\n\r\n" in guest.head:
@@ -8831,14 +9173,46 @@ class Doorway:
             self._request_step(guest)
 
     def _send(self, guest: Guest) -> None:
-        if guest.answer and guest.due <= time.monotonic():
+        now = time.monotonic()
+        if guest.answer and guest.due <= now:
+            if not guest.answering:  # however late that is: the machine may be busy
+                guest.answering, guest.deadline = True, now + REFUSAL_LINGER
             more = guest.send()
             self._epoll.modify(guest.socket, select.EPOLLIN | (select.EPOLLOUT if more else 0))
+
+    def take_back(self, sock: socket.socket, early: bytes, patience: float) -> None:
+        """Hold a connection that was let in and answered until its next request, for ``patience`` seconds.
+
+        Args:
+            early: what has been read of that already.
+        """
+        sock.setblocking(False)
+        guest = self.guest_class(sock)
+        guest.deadline = time.monotonic() + patience
+        guest.head += early
+        if isinstance(sock, ssl.SSLSocket):
+            guest.secure = sock
+        if fault := self.judge(early):
+            guest.refuse_nonsense(*fault)
+        elif b"\r\n\r\n" in early:  # nothing need come any more
+            self._queue_step(guest)
+            return
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._returned.append(guest)
+        if closed:
+            sock.close()
+        else:
+            os.eventfd_write(self._wakeup, 1)
 
     # Steps: in a pool thread each.
 
     def _request_step(self, guest: Guest) -> None:
         self._unwatch(guest)
+        self._queue_step(guest)
+
+    def _queue_step(self, guest: Guest) -> None:
         with self._lock:
             if self._steps >= STEPS_LIMIT:
                 self._ready.append(guest)
@@ -8851,9 +9225,18 @@ class Doorway:
         try:
             self._pool.submit(self._step, guest)
         except RuntimeError as exc:
-            log.error("cannot serve a connection: %s", exc)
-            guest.socket.close()
+            log.error("cannot serve a connection: %s", exc, extra={"peer": who_is(guest.socket).name})
+            guest.refuse(refuse_for_want(exc))
+            if self._tls is not None:  # nothing can be said where nothing is encrypted yet
+                guest.answer.clear()
+            self._return(guest)
             self._end_step()
+
+    def _return(self, guest: Guest) -> None:
+        """Give a guest back to the acceptor."""
+        with self._lock:
+            self._returned.append(guest)
+        os.eventfd_write(self._wakeup, 1)
 
     def _end_step(self) -> None:
         with self._lock:
@@ -8866,7 +9249,7 @@ class Doorway:
     def _step(self, guest: Guest) -> None:
         let_in = False
         try:
-            let_in = (self._tls is None or self._advance_tls(guest, self._tls)) and self._examine(guest)
+            let_in = (self._tls is None or self._advance_tls(guest, self._tls)) and self.examine(guest)
         except OSError:  # it has left
             guest.socket.close()
             return
@@ -8879,9 +9262,7 @@ class Doorway:
             guest.socket.settimeout(None)
             self._let_in(guest.socket, bytes(guest.head))
             return
-        with self._lock:
-            self._returned.append(guest)
-        os.eventfd_write(self._wakeup, 1)
+        self._return(guest)
 
     def _advance_tls(self, guest: Guest, tls: Callable[[], ssl.SSLContext]) -> bool:
         """Take the TLS handshake, then the request, as far as what is there allows; True once it is all there.
@@ -8902,7 +9283,7 @@ class Doorway:
                 if not data:
                     raise ConnectionResetError
                 guest.head += data
-                if fault := judge_head(guest.head):
+                if fault := self.judge(guest.head):
                     guest.refuse_nonsense(*fault)
                     return False
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -8920,18 +9301,30 @@ class Doorway:
             return False
         return True
 
-    def _examine(self, guest: Guest) -> bool:
-        """Whether the request of a guest is let in."""
+    def judge(self, head: bytes | bytearray) -> tuple[http.HTTPStatus, str] | None:
+        """See judge_head()."""
+        return judge_head(head)
+
+    def examine(self, guest: Guest) -> bool:
+        """Whether the request of a guest, whose head is complete, is let in. Else it has been refused."""
         request = parse_request(guest.head)
         if not isinstance(request, HTTPRequest):
             guest.refuse_nonsense(*request)
             return False
         response = self._decide(guest, request)
         if response is None:
-            return True
+            try:
+                check_descriptor(guest.socket.fileno())
+            except OSError as exc:
+                log.error("cannot serve a connection: %s", exc.strerror, extra={"peer": who_is(guest.socket).name})
+                response = refuse_for_want(exc)
+            else:
+                return True
         delay = 0.0
         if response.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
-            delay = self.refusals.count(guest, (response.body or b"").decode().strip())
+            times = self.refusals.count(guest, (response.body or b"").decode().strip())
+            guest.on_refusal(times)
+            delay = delay_after(times)
         log_response(request, response, guest.socket)
         guest.refuse(response, delay)
         return False
@@ -8959,7 +9352,13 @@ def make_doorway(
         return SUBPROTOCOL if SUBPROTOCOL in offered and speaks_version_2(connection) else None
 
     def create_connection(sock: socket.socket, *args: Any, **kwargs: Any) -> ServerWebSocket:
-        return ServerWebSocket(sock, *args, early=read.pop(sock), **kwargs)
+        try:
+            return ServerWebSocket(sock, *args, early=read.pop(sock), **kwargs)
+        except (OSError, RuntimeError, MemoryError) as exc:  # the library closes without a word
+            log.error("cannot serve a connection: %s", explain_want(exc), extra={"peer": who_is(sock).name})
+            with contextlib.suppress(OSError):
+                sock.sendall(refuse_for_want(exc).serialize())
+            raise
 
     server = serve(
         serve_connection,
@@ -9066,6 +9465,8 @@ class Server:
         return str(Address(host, port))
 
     def start(self) -> None:
+        """Raises RuntimeError if the system refuses a thread."""
+        self._heartbeat.start()
         self._doorway.start()
         log.info("listening on %s%s", self.address, " with TLS" if self._tls is not None else "")
         config = self._runtime.config
@@ -9095,7 +9496,12 @@ class Server:
 
     def _serve_peer(self, connection: ServerConnection) -> None:
         assert isinstance(connection, ServerWebSocket)
-        connection.start_writer(self._runtime.pool)
+        try:
+            connection.start_writer(self._runtime.pool)
+        except RuntimeError as exc:
+            log.error("cannot serve a connection: %s", exc, extra={"peer": connection.who.name})
+            connection.close(CloseCode.TRY_AGAIN_LATER, f"the agent cannot serve more: {explain_want(exc)}")
+            return
         self._heartbeat.add(connection)
         try:
             Peer(self._runtime, connection, self._registry, self._main).serve()
@@ -9135,7 +9541,12 @@ class Server:
         """Tell everybody but the client about a client that may not connect."""
         books = self._runtime.books
         books.counters.count(AUTH_FAILURES, reason)
-        books.tell("refused", who_is(guest.socket), reason=reason, error=message)  # the log has it from Refusals
+
+        def tell(times: int) -> None:  # the log has it from Refusals
+            if is_power_of_two(times):  # nor does a guesser fill the disk
+                books.tell("refused", who_is(guest.socket), reason=reason, error=message, times=times)
+
+        guest.on_refusal = tell
 
     def _answer(self, connection: Guest, text: str, content_type: str) -> HTTPResponse:
         response = connection.respond(http.HTTPStatus.OK, text)
@@ -9189,6 +9600,8 @@ class ReverseDialer:
         self._ghost = False
 
     def start(self) -> None:
+        """Raises RuntimeError if the system refuses a thread."""
+        self._heartbeat.start()
         log.info("reverse mode: dialling %s", self._runtime.config.callback)
         threading.Thread(target=self._run, name="dialer", daemon=True).start()
 
@@ -9219,7 +9632,7 @@ class ReverseDialer:
             try:
                 connection = self._dial()
             # RuntimeError: no thread left; ImportError: a SOCKS proxy, which needs a package that is not here.
-            except (OSError, EOFError, WebSocketException, ValueError, RuntimeError, ImportError) as exc:
+            except (OSError, EOFError, WebSocketException, ValueError, RuntimeError, ImportError, MemoryError) as exc:
                 self._settled.set()
                 if not self._wait_after(self._explain(exc)):
                     return
@@ -9360,7 +9773,12 @@ class Agent:
 
     def run(self) -> int:
         """Run until a signal, or the main process's end, ends it; returns the exit code."""
-        self._receive_signals()
+        try:
+            self._receive_signals()
+            self._start_threads()
+        except RuntimeError as exc:
+            log.error("cannot start: %s", exc)
+            return EXIT_FAILURE
         raise_descriptor_limit()
         if (self._config.subreaper or self._config.init == "on") and os.getpid() != 1:
             try:
@@ -9368,7 +9786,6 @@ class Agent:
             except OSError as exc:
                 log.error("cannot become a subreaper: %s", exc.strerror)
                 return EXIT_FAILURE
-        self._runtime.reaper.start()
         front: Server | ReverseDialer
         try:
             if self._config.callback:
@@ -9387,12 +9804,29 @@ class Agent:
             front.close()
             reason = exc.reason if isinstance(exc, SpawnError) else Reason.START_FAILED
             return {Reason.NOT_FOUND: 127, Reason.NOT_EXECUTABLE: 126}.get(reason, EXIT_FAILURE)
-        if self._health is not None:
-            self._runtime.pool.submit(self._health.run)
-        front.start()
+        try:
+            if self._health is not None:
+                self._runtime.pool.submit(self._health.run)
+            front.start()
+        except RuntimeError as exc:
+            log.error("cannot start: %s", exc)
+            self._stop_main(signal.SIGTERM)
+            return self._end(front, failed=True)
         event = self._wait(front)
         self._stop_main(signal.SIGTERM if event == BACKEND_GIVEN_UP else event)
         return self._end(front, failed=event == BACKEND_GIVEN_UP)
+
+    def _start_threads(self) -> None:
+        """Start what would come too late once the system refuses threads: then something has to go on without.
+
+        Raises:
+            RuntimeError: if it refuses them already.
+        """
+        runtime = self._runtime
+        runtime.reaper.start()
+        runtime.pool.start_retrying()
+        runtime.books.start()
+        self._registry.start_parking(runtime.end_later)
 
     def _receive_signals(self) -> None:
         """Take over the signals in a thread of their own, before any other thread exists.
@@ -9434,7 +9868,10 @@ class Agent:
             if event == BACKEND_GIVEN_UP or (event == MAIN_ENDED and ends_with_main):
                 return event
             if event == signal.SIGHUP and self._config.reloadable:
-                self._runtime.pool.submit(front.reload)
+                try:
+                    self._runtime.pool.submit(front.reload)
+                except RuntimeError as exc:
+                    log.error("cannot reload: %s", exc)
                 if self._main is not None and self._main.child is not None and handles_signal(self._main.child, event):
                     self._signal_main(event)
             elif event > 0 and self._main is not None and not self._main.exited.is_set():
@@ -9523,11 +9960,13 @@ class Agent:
         # Daemons whose command or connection has ended before, too.
         end_processes(None, self._config.kill_timeout)
         closing = [threading.Thread(target=peer.close, args=(CloseCode.GOING_AWAY, "agent ends")) for peer in peers]
+        with contextlib.suppress(RuntimeError):  # no thread left: the others see the connection's end
+            for thread in closing:
+                thread.daemon = True
+                thread.start()
         for thread in closing:
-            thread.daemon = True
-            thread.start()
-        for thread in closing:
-            thread.join(CLOSE_TIMEOUT)
+            if thread.ident is not None:
+                thread.join(CLOSE_TIMEOUT)
         if self._health is not None:
             self._health.ended.wait(LINGER)
         self._runtime.endings.wait(self._config.kill_timeout + LINGER)
@@ -9625,6 +10064,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     forget_coerced_locale()
     hide_secrets([*config.tokens, os.environ.get("SOCKERLESS_AGENT_TOKEN", ""), config.callback.given])
     hide_memory()
+    share_malloc_arena()
+    give_back_memory()  # 18 MiB, if Python has just compiled this file; the watchdog would keep them, too
     roll = None
     if os.getpid() != 1:  # the kernel ends everything with a PID 1
         try:

@@ -48,7 +48,7 @@ import tty
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import IO, Any, NoReturn, Protocol, Self, cast, runtime_checkable
+from typing import IO, Any, ClassVar, NoReturn, Protocol, Self, cast, runtime_checkable
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
@@ -233,6 +233,10 @@ _NOT_FATAL = frozenset(
 )
 
 
+# These are about a message to the session that they name; all others, before its start, are about that.
+_ABOUT_MESSAGES = frozenset({Reason.BAD_MESSAGE, Reason.STDIN_OVERFLOW, Reason.READ_ONLY})
+
+
 # ══════════════════════════════════════════════════════════════════════════════
 # Docker's stream framing (Docker Engine API, "Attach to a container", stream format)
 # ══════════════════════════════════════════════════════════════════════════════
@@ -290,7 +294,12 @@ class DockerStreamDecoder:
 # ══════════════════════════════════════════════════════════════════════════════
 
 _pool = ThreadPool()
-_heartbeat = Heartbeat(PING_INTERVAL, PING_TIMEOUT)
+
+
+@functools.cache
+def _heartbeat(interval: float = PING_INTERVAL, timeout: float = PING_TIMEOUT) -> Heartbeat:
+    """The one thread that pings all connections with these times, in seconds."""
+    return Heartbeat(interval, timeout)
 
 
 class SessionReceiver(Protocol):
@@ -490,25 +499,36 @@ class AgentConn:
     """One connection to an agent, with any number of sessions on it at once.
 
     With version 2 of the protocol a connection that is lost costs no session: it
-    is made again, for RESUME_PATIENCE seconds at most, and all of them go on.
+    is made again, for RESUME_PATIENCE seconds at most, and all of them go on. One
+    that is lost while nothing runs on it, or with version 1, is made again by whatever
+    is started next: one try, whose failure is that start's. What was started
+    is never started a second time.
 
     Attributes:
         version: of the protocol that the agent speaks here: 2, or 1 for an agent that knows no other.
     """
+
+    _renewable: ClassVar[bool] = True  # whether the next start may dial again
 
     def __init__(
         self,
         connection: QueuedConnection,
         redial: Callable[[], QueuedConnection] | None = None,
         patience: float = RESUME_PATIENCE,
+        *,
+        ping_interval: float = PING_INTERVAL,
+        ping_timeout: float = PING_TIMEOUT,
     ) -> None:
         """Take over a WebSocket connection after its handshake; see :meth:`dial`.
 
         Args:
-            redial: makes another connection, for version 2.
-            patience: seconds for which that is tried.
+            redial: makes another connection.
+            patience: seconds for which that is tried, while sessions of version 2 wait for it.
+            ping_interval, ping_timeout: in seconds, see :meth:`dial`.
         """
         self._patience = patience
+        self._heartbeat = _heartbeat(ping_interval, ping_timeout)
+        self._renewing = threading.Lock()  # held while a connection that was lost is made again, see _renew()
         self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
         self._redial = redial
         self._closing = threading.Event()
@@ -540,7 +560,7 @@ class AgentConn:
         self.lifetime_expired = threading.Event()
         """Set when the agent has said that its platform is about to end it."""
         connection.start_writer(_pool)
-        _heartbeat.add(connection)
+        self._heartbeat.add(connection)
         self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
         self._thread.start()
 
@@ -553,6 +573,8 @@ class AgentConn:
         tls: ssl.SSLContext | None = None,
         timeout: float = OPEN_TIMEOUT,
         patience: float = RESUME_PATIENCE,
+        ping_interval: float = PING_INTERVAL,
+        ping_timeout: float = PING_TIMEOUT,
     ) -> AgentConn:
         """Connect to an agent in server mode.
 
@@ -564,13 +586,25 @@ class AgentConn:
             timeout: seconds for the connection and the handshake.
             patience: seconds for which a lost connection is made again, if sessions run on it and the agent
                 speaks version 2; 0 for not at all. The agent keeps them for its ``--resume-window``.
+            ping_interval: seconds between two pings; a third of ``ping_timeout`` if that is less.
+            ping_timeout: seconds in which nothing is heard of the agent, at the TCP level either, after which it
+                counts as gone, and the connection as lost. With ``patience`` that is how long a start can take
+                to fail when the agent's machine has vanished.
 
         Raises:
             Unauthorized: if the agent refuses the token.
             ConnectFailed: if there is no agent, or it does not answer.
-            ValueError: if ``addr`` is none.
+            ValueError: if ``addr`` is none, or a time is not positive.
         """
-        return cls(_dial(addr, token, timeout, tls), lambda: _dial(addr, token, timeout, tls), patience)
+        if ping_interval <= 0 or ping_timeout <= 0:
+            raise ValueError("ping_interval and ping_timeout must be more than 0 s")
+        return cls(
+            _dial(addr, token, timeout, tls),
+            lambda: _dial(addr, token, timeout, tls),
+            patience,
+            ping_interval=ping_interval,
+            ping_timeout=ping_timeout,
+        )
 
     def close(self) -> None:
         """Close the connection. Commands that run on it are ended."""
@@ -683,6 +717,7 @@ class AgentConn:
             ConnectionLost: if the connection ends first.
         """
         self._need_version_2("detaches no command")
+        self._renew()
         request = dataclasses.replace(self._make_exec(cmd, env, cwd, tty, size, stdin, user), detach=True)
         receiver = _DetachReceiver()
         self.start_session(request, receiver)
@@ -953,6 +988,7 @@ class AgentConn:
 
     def _ask(self, call: Call, timeout: float) -> Answer:
         self._need_version_2("has no such question")
+        self._renew()
         answers: queue.SimpleQueue[Answer | ClientError] = queue.SimpleQueue()
         with self._lock:
             if self._lost is not None:
@@ -1026,7 +1062,8 @@ class AgentConn:
                 self._claimed.discard(session_id)
 
     def open_channel(self, session_id: str) -> Channel | _StdinSender:
-        """Where a session's stdin goes."""
+        """Where a session's stdin goes, which is to be started next. Raises ConnectionLost, see _renew()."""
+        self._renew()
         with self._lock:
             if self.version == 1:
                 return Channel(self._connection.outbox, session_id)
@@ -1047,6 +1084,48 @@ class AgentConn:
                 return
             outbox = self._connection.outbox
         outbox.send(message)
+
+    def _renew(self) -> None:
+        """Make a connection that was lost again, for something that has not begun: one try.
+
+        What ran on it has been told of the loss by then, and stays lost. The caller's thread dials; it gives the
+        connection to a receiving thread of its own, once the one before has ended.
+
+        Raises:
+            ConnectionLost: if that fails.
+        """
+        thread = self._thread
+        if not self._over or not self._renewable or self._redial is None or not self._patience:
+            return
+        if threading.current_thread() is thread:  # in a callback, which tells of the loss
+            return
+        with self._renewing:
+            thread = self._thread
+            if not self._over or self._closing.is_set():  # another caller was faster
+                return
+            thread.join()
+            try:
+                connection = self._redial()
+            except ConnectFailed as exc:
+                raise ConnectionLost(f"{self._lost}; it cannot be made again: {exc}") from exc
+            if (2 if connection.subprotocol == SUBPROTOCOL else 1) != self.version:
+                connection.close()
+                raise ConnectionLost(f"{self._lost}; the agent speaks another version of the protocol now")
+            connection.start_writer(_pool)
+            self._heartbeat.add(connection)
+            with self._lock:
+                self._connection = connection
+                self._connections += 1
+                self._held.clear()
+                self._lost, self._over, self._online = None, False, True
+                self.lifetime_expired.clear()  # the agent says so again
+                closing = self._closing.is_set()
+                for farewell in self._farewells:
+                    connection.outbox.send(farewell)
+                self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
+                self._thread.start()
+            if closing:  # close() knew of the one before only
+                connection.close()
 
     def _receive(self) -> None:
         """Hand events to their sessions until the connection ends, and is not to be had again."""
@@ -1108,7 +1187,7 @@ class AgentConn:
 
     def _take_over(self, connection: QueuedConnection) -> None:
         connection.start_writer(_pool)
-        _heartbeat.add(connection)
+        self._heartbeat.add(connection)
         gone = []
         with self._lock:
             same_agent = _instance(connection) == _instance(self._connection)
@@ -1158,7 +1237,7 @@ class AgentConn:
             why = f"unexpected error: {exc}"
             self._connection.close_socket()
         finally:
-            _heartbeat.remove(self._connection)
+            self._heartbeat.remove(self._connection)
         return why
 
     def _dispatch(self, message: str | bytes) -> None:
@@ -1975,6 +2054,8 @@ class ReverseAgentConn(AgentConn):
         id: what the agent's query named it.
     """
 
+    _renewable = False  # only the agent can dial
+
     def __init__(
         self,
         ws: QueuedConnection,
@@ -2436,7 +2517,7 @@ class _ClientServer:
     def run(self) -> None:
         """Relay until the client leaves."""
         self._client.start_writer(_pool)
-        _heartbeat.add(self._client)
+        _heartbeat().add(self._client)
         # The client must not wait for an agent that has gone.
         _pool.submit(self._follow_agent)
         expired = self._tell_expired
@@ -2450,7 +2531,7 @@ class _ClientServer:
         except ConnectionClosed as exc:
             log.info("client of agent %s lost: %s", self._conn.id, exc)
         finally:
-            _heartbeat.remove(self._client)
+            _heartbeat().remove(self._client)
             with self._conn._lock:
                 self._conn._followers.discard(expired)
             self._leave()
@@ -2533,18 +2614,38 @@ class _Passed:
         self.connection = request.connection  # the client's count
         self.detaching = isinstance(request, Exec) and request.detach
         self.exit_follows = isinstance(request, Exec | Resume)  # when it is told to end; for a Resume perhaps
+        self.opened = False  # the agent has answered that it has it
         self.ended = False  # it has had its exit or error
         # What the agent said before it has seen a request that is repeated was for another connection, and comes again.
         self.repeated = isinstance(request, Resume) or request.connection > 1
         self.early: Ack | None = None  # of a request that looked repeated, and was the first
+        # Offsets of the output, as the agent counts: what the client has acknowledged, and what was passed to it.
+        self.acked = self.sent = request.offset if isinstance(request, Resume) else 0
+
+    def check(self, request: Opening | Resume) -> None:
+        """Whether the session can go on where the request says, as the agent will check it.
+
+        Raises:
+            SessionError: if not.
+        """
+        offset, acked = (request.offset, request.acked) if isinstance(request, Resume) else (0, 0)
+        if not self.acked <= offset <= self.sent:
+            fault = f"offset {offset} is not from {self.acked} to {self.sent}"
+        elif acked > offset:
+            fault = f"{acked} bytes are acknowledged, and {offset} received"
+        else:
+            return
+        raise SessionError(f"resume: {fault}", Reason.BAD_REQUEST, request.id)
 
 
 class _PassThrough(_ClientServer):
     """Serves a client of version 2: its sessions are the agent's own, and pass through this side as they are.
 
-    So windows, offsets and secrets are between the two, and nothing is kept here. A
+    So windows, offsets and secrets are between the two, and no output is kept here. A
     client that leaves has its sessions parked by the agent; an agent that leaves
-    has its clients dial again. Both resume by themselves.
+    has its clients dial again. Both resume by themselves. Which client has a session
+    is decided here, and the agent sees one peer: so what it would refuse a client that
+    wants another's session is refused here, before that one is asked to give it up.
     """
 
     def __init__(self, client: ServerWebSocket, conn: ReverseAgentConn) -> None:
@@ -2596,17 +2697,30 @@ class _PassThrough(_ClientServer):
             if session.early is not None and isinstance(event, Started):
                 session.to_client.send(session.early)
         if isinstance(event, Started):
+            session.opened = True
             session.secret = event.secret or session.secret
-            session.ended = session.detaching
+            if session.detaching:  # and goes on without a session
+                self._free(event.id)
+        elif isinstance(event, Resumed):
+            session.opened = True
+            session.acked = session.sent = event.offset
+        elif isinstance(event, Error) and not session.opened and event.reason not in _ABOUT_MESSAGES:
+            self._free(event.id)  # there it is free, too
         elif isinstance(event, Exit) or (isinstance(event, Error) and event.reason not in _NOT_FATAL):
             session.ended = True
         return True
+
+    def _free(self, session_id: str) -> None:
+        """The agent has no such session, or not for this client: the id is anybody's. Holds the lock."""
+        self._remove(session_id)
+        self._conn.release_route(session_id, self)
 
     def data(self, stream: Stream, session_id: str, data: bytes) -> None:
         """Output; never more than the client's window."""
         with self._lock:
             session = self._sessions.get(session_id)
             if session is not None and not session.repeated:
+                session.sent += len(data)
                 session.to_client.put(stream, data)
 
     def link_lost(self) -> None:
@@ -2624,7 +2738,8 @@ class _PassThrough(_ClientServer):
         """Give a session up to who shows its secret.
 
         Raises:
-            SessionError: if the request is late: the agent would refuse it, too, and nobody had the session then.
+            SessionError: if the request is late, or makes no sense: the agent would refuse it, too, and nobody had
+                the session then.
         """
         with self._lock:
             session = self._sessions.get(request.id)
@@ -2635,6 +2750,7 @@ class _PassThrough(_ClientServer):
             if request.connection and request.connection <= session.connection:
                 text = "a later connection has the session"
                 raise SessionError(text, Reason.DUPLICATE_SESSION, request.id)
+            session.check(request)
             self._give_up(request.id, session)
             return True
 
@@ -2708,10 +2824,11 @@ class _PassThrough(_ClientServer):
         if isinstance(request, Stdin | CloseStdin):
             session.to_agent.send(request)
             return
+        if isinstance(request, Ack) and request.offset <= session.sent:
+            session.acked = max(session.acked, request.offset)
         self._link.outbox.send(request)
         if isinstance(request, End) and (session.ended or not session.exit_follows):
-            self._remove(request.id)
-            self._conn.release_route(request.id, self)
+            self._free(request.id)
 
     def _remove(self, session_id: str) -> None:
         """The session is this client's no more. Holds the lock."""
@@ -2947,6 +3064,20 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="DURATION",
         help="how long to try to resume when the connection is lost, 0 for not at all (default: 60s)",
     )
+    session.add_argument(
+        "--ping-interval",
+        type=_positive_duration,
+        default=PING_INTERVAL,
+        metavar="DURATION",
+        help="time between two pings (default: 20s)",
+    )
+    session.add_argument(
+        "--ping-timeout",
+        type=_positive_duration,
+        default=PING_TIMEOUT,
+        metavar="DURATION",
+        help="silence, at the TCP level too, after which the agent counts as gone (default: 60s)",
+    )
     run = commands.add_parser(
         "exec", parents=[session], help="run a command", usage="%(prog)s [options] [--] CMD [ARG ...]"
     )
@@ -2995,6 +3126,16 @@ def _make_parser() -> argparse.ArgumentParser:
     stats.add_argument("--json", action="store_true", help="all figures, as JSON")
     commands.add_parser("health", parents=[common], help="print the agent's health; exit status 1 if unhealthy")
     return parser
+
+
+def _positive_duration(text: str) -> float:
+    try:
+        seconds = parse_duration(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError("it must be more than 0")
+    return seconds
 
 
 def _read_token(options: argparse.Namespace) -> str | None:
@@ -3051,7 +3192,8 @@ def _dial_as_told(options: argparse.Namespace) -> AgentConn:
         path = f"/agents/{urllib.parse.quote(options.agent, safe='')}/ws"
         addr = urllib.parse.urlsplit(url)._replace(path=path).geturl()
     patience = getattr(options, "reconnect", RESUME_PATIENCE)
-    conn = AgentConn.dial(addr, _read_token(options), tls=tls, patience=patience)
+    pings = {name: getattr(options, name) for name in ("ping_interval", "ping_timeout") if name in options}
+    conn = AgentConn.dial(addr, _read_token(options), tls=tls, patience=patience, **pings)
     conn.on_outage = _show_outage
     return conn
 

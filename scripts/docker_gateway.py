@@ -23,6 +23,7 @@ import dataclasses
 import errno
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import http
 import http.server
@@ -40,6 +41,7 @@ import select
 import shlex
 import signal
 import socket
+import ssl
 import struct
 import sys
 import termios
@@ -49,25 +51,36 @@ import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NoReturn, cast
+from typing import Any, ClassVar, NoReturn, cast
+
+from websockets.datastructures import Headers
+from websockets.http11 import Response as HTTPResponse
 
 from agent import (
+    HEAD_LIMIT,
     Address,
     Attach,
     CloseStdin,
+    Doorway,
     Exec,
+    Guest,
     Output,
     Reason,
     Resize,
+    ServerTLS,
     Signal,
     Started,
     Stream,
     ThreadPool,
+    TLSStream,
     __version__,
+    delay_after,
+    make_client_tls,
     open_listener,
     parse_address,
     parse_duration,
     parse_signal,
+    peer_certificate,
 )
 from agent_client import (
     RESUME_PATIENCE,
@@ -91,6 +104,9 @@ MIN_API_VERSION = (1, 24)
 IMAGE = "sockerless-agent"  # what the containers are said to be made of
 CHUNK = 256 << 10  # bytes in one read
 BODY_LIMIT = 1 << 20  # bytes of a JSON body
+BODY_TIMEOUT = 30.0  # seconds for all of one to come; an archive takes what it takes
+SKIP_TIMEOUT = 2.0  # seconds to wait for the rest of a request that was refused
+IDLE_TIMEOUT = 300.0  # seconds from an answer to the next request on its connection
 UNSENT_LIMIT = 64 << 20  # bytes of output that may wait for a Docker client; version 2 agents are held back at 1 MiB
 REDIAL_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one again and again
 POLL_INTERVAL = 2.0  # seconds between two questions whether the main process still runs
@@ -138,6 +154,12 @@ class NotFound(APIError):
     """There is no such thing."""
 
     status = http.HTTPStatus.NOT_FOUND
+
+
+class TooSlow(APIError):
+    """The request did not come within its time."""
+
+    status = http.HTTPStatus.REQUEST_TIMEOUT
 
 
 class Conflict(APIError):
@@ -289,21 +311,82 @@ def matches_text(pattern: str, text: str) -> bool:
         return False
 
 
-def start_failure(error: SessionError, command: str) -> tuple[int, str]:
-    """The exit code and the sentence of dockerd and runc for a command that did not start."""
+def start_failure(error: SessionError, command: str, workdir: str, user: str) -> tuple[int, str]:
+    """The exit code and the sentence of dockerd and runc for a command that did not start, as it was asked for."""
     head = "OCI runtime exec failed: exec failed: unable to start container process: "
     name = json.dumps(command)
+    words = str(error)
+    owner, _, group = user.partition(":")
+    if words.startswith("no such user"):
+        return 126, f"unable to find user {owner}: no matching entries in passwd file"
+    if words.startswith("no such group"):
+        return 126, f"unable to find group {group}: no matching entries in group file"
+    if "cannot start: working directory" in words:
+        reasons = ("no such file or directory", "not a directory", "permission denied")
+        reason = next((reason for reason in reasons if words.endswith(reason)), reasons[0])
+        return 126, f"{head}chdir to cwd ({json.dumps(workdir)}) set in config.json failed: {reason}: unknown"
     if isinstance(error, CommandNotFound):
         if "/" in command:
             return 127, f"{head}exec: {name}: stat {command}: no such file or directory: unknown"
         return 127, f"{head}exec: {name}: executable file not found in $PATH: unknown"
     if isinstance(error, CommandNotExecutable):
-        words = str(error)
         reason = "exec format error" if "format" in words.lower() else "permission denied"
         if "directory" in words.lower():
             reason = "is a directory"
         return 126, f"{head}exec: {name}: {reason}: unknown"
     return 126, f"{head}{error}: unknown"
+
+
+class Fields:
+    """The fields of a JSON object that a client sent, each of the type that dockerd wants of it.
+
+    What is wrong is said in the words of Go's encoding/json, which name the field.
+    """
+
+    def __init__(self, struct: str, values: Mapping[str, Any]) -> None:
+        """Names in ``values`` are in lower case; ``struct`` is what dockerd calls the object."""
+        self._struct = struct
+        self._values = values
+
+    def text(self, name: str) -> str:
+        return self._text(name, self._take(name, str, "string") or "")
+
+    def flag(self, name: str) -> bool:
+        return bool(self._take(name, bool, "bool"))
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        items = self._take(name, list, "[]string") or []
+        for item in items:
+            if item is not None and not isinstance(item, str):
+                raise self._fault(name, item, "string")
+        return tuple(self._text(name, item or "") for item in items)
+
+    def size(self, name: str) -> tuple[int, int] | None:
+        """Columns and rows of a terminal, which the API has the other way round; None without, or beyond all bounds."""
+        size = self._take(name, list, "[2]uint")
+        if not size:
+            return None
+        if len(size) != 2 or any(type(number) is not int for number in size):
+            raise BadParameter(f"invalid console size: {size!r}")
+        rows, columns = size
+        return (columns, rows) if 0 < rows < 65536 and 0 < columns < 65536 else None
+
+    def _take(self, name: str, wanted: type, go_type: str) -> Any:
+        value = self._values.get(name.lower())
+        if value is not None and not isinstance(value, wanted):
+            raise self._fault(name, value, go_type)
+        return value
+
+    def _text(self, name: str, value: str) -> str:
+        # As Go reads half a surrogate pair, which is no text.
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+    def _fault(self, name: str, value: object, go_type: str) -> BadParameter:
+        kinds = {str: "string", bool: "bool", list: "array", dict: "object"}
+        kind = kinds.get(type(value), "number")
+        return BadParameter(
+            f"invalid JSON: json: cannot unmarshal {kind} into Go struct field {self._struct}.{name} of type {go_type}"
+        )
 
 
 # ══════════════════════════════════════════════════════════════════════════════
@@ -551,6 +634,8 @@ class Session:
 class WatchedConn(AgentConn):
     """A dialled connection of which one can wait for the end."""
 
+    _renewable = False  # its Dialler makes another, and then knows of it
+
     def wait_closed(self) -> None:
         self._thread.join()
 
@@ -719,21 +804,25 @@ class Container:
 class Monitor:
     """Learns of an agent's main process and health while it is connected, and tells its container."""
 
-    def __init__(self, container: Container, conn: AgentConn, addr: str = "") -> None:
+    def __init__(
+        self, container: Container, conn: AgentConn, addr: str = "", tls: ssl.SSLContext | None = None
+    ) -> None:
+        """``addr`` and ``tls`` are as for AgentConn.dial(); without an address it is an agent in reverse mode."""
         self._container = container
         self._conn = conn
-        self._addr = addr  # "" for an agent in reverse mode
+        self._addr = addr
+        self._tls = tls
         self._over = threading.Event()
 
     def begin(self) -> None:
         """Ask the agent, and tell the container that it is connected. Raises ClientError."""
         if self._conn.version == 1:
-            answer = fetch_health(self._addr) if self._addr else {}
+            answer = fetch_health(self._addr, self._tls) if self._addr else {}
             main = MainProcess(pid=int(answer["pid"])) if "pid" in answer else None
             self._container.connected(self._conn, main, answer.get("health"))
             self._take_health(answer)
             if self._addr:
-                pool.submit(self._poll, lambda: fetch_health(self._addr))
+                pool.submit(self._poll, lambda: fetch_health(self._addr, self._tls))
             return
         self._conn.on_health = self._take_health
         self._conn.on_outage = self._take_outage
@@ -802,10 +891,19 @@ def main_process(entry: Mapping[str, Any]) -> MainProcess:
 class Dialler:
     """Keeps one agent in server mode connected, in a thread of its own."""
 
-    def __init__(self, container: Container, addr: str, token: str | None, patience: float) -> None:
+    def __init__(
+        self,
+        container: Container,
+        addr: str,
+        token: str | None,
+        patience: float,
+        make_tls: Callable[[], ssl.SSLContext | None],
+    ) -> None:
+        """``make_tls`` is asked at each dial: a certificate that was replaced is shown from the next one on."""
         self._container = container
         self._addr = addr
         self._token = token
+        self._make_tls = make_tls
         self._patience = patience  # seconds for which sessions wait for a lost connection
         self._stopping = threading.Event()
         self._conn: WatchedConn | None = None  # the thread's, until it has ended
@@ -838,10 +936,11 @@ class Dialler:
 
     def _stay_connected(self) -> None:
         """Connect, and return once the connection is lost for good."""
-        with WatchedConn.dial(self._addr, self._token, patience=self._patience) as conn:
+        tls = self._make_tls()
+        with WatchedConn.dial(self._addr, self._token, tls=tls, patience=self._patience) as conn:
             assert isinstance(conn, WatchedConn)
             self._conn = conn
-            monitor = Monitor(self._container, conn, self._addr)
+            monitor = Monitor(self._container, conn, self._addr, tls)
             try:
                 monitor.begin()
                 log.info("agent %s: connected to %s", self._container.name, self._addr)
@@ -859,29 +958,25 @@ class Dialler:
 class ExecCommand:
     """A command that was created with ``exec``, from then until it is forgotten."""
 
-    def __init__(self, container: Container, options: Mapping[str, Any]) -> None:
-        cmd = options.get("cmd")
-        if not isinstance(cmd, list) or not cmd or not all(isinstance(word, str) for word in cmd):
-            raise BadParameter("No exec command specified")
-        if options.get("privileged"):
-            raise NotSupported("--privileged: an agent gives a command no more rights than it has itself")
+    def __init__(self, container: Container, options: Fields) -> None:
         self.container = container
         self.id = secrets.token_hex(32)
-        self.cmd: tuple[str, ...] = tuple(cmd)
+        self.cmd = options.texts("Cmd")
         # A name without a value is to be unset; an agent only adds variables.
-        variables = options.get("env") or []
-        if not isinstance(variables, list):
-            raise BadParameter("invalid JSON: Env must be an array")
-        self.env = tuple(str(item) for item in variables if "=" in str(item))
-        self.workdir = str(options.get("workingdir") or "")
-        self.user = str(options.get("user") or "")
-        self.tty = bool(options.get("tty"))
-        self.stdin = bool(options.get("attachstdin"))
-        self.stdout = bool(options.get("attachstdout"))
-        self.stderr = bool(options.get("attachstderr"))
-        self.detach_text = str(options.get("detachkeys") or "")
+        self.env = tuple(item for item in options.texts("Env") if "=" in item)
+        self.workdir = options.text("WorkingDir")
+        self.user = options.text("User")
+        self.tty = options.flag("Tty")
+        self.stdin = options.flag("AttachStdin")
+        self.stdout = options.flag("AttachStdout")
+        self.stderr = options.flag("AttachStderr")
+        self.detach_text = options.text("DetachKeys")
         self.detach_keys = parse_detach_keys(self.detach_text)
-        self.size = console_size(options)
+        self.size = options.size("ConsoleSize")
+        if not self.cmd:
+            raise BadParameter("No exec command specified")
+        if options.flag("Privileged"):
+            raise NotSupported("--privileged: an agent gives a command no more rights than it has itself")
         self._lock = threading.Lock()  # guards the attributes below
         self._taken = False  # started, or about to be
         self.session: Session | None = None
@@ -915,9 +1010,13 @@ class ExecCommand:
             session = self.session
             if code is None:
                 error = session.queue.error if session is not None else None
-                code = start_failure(error, self.cmd[0])[0] if isinstance(error, SessionError) else 255
+                code = self.failure(error)[0] if isinstance(error, SessionError) else 255
             self.running, self.code = False, code
         self.container.publish("exec_die", execID=self.id, exitCode=code)
+
+    def failure(self, error: SessionError) -> tuple[int, str]:
+        """See start_failure()."""
+        return start_failure(error, self.cmd[0], self.workdir, self.user)
 
     @property
     def pid(self) -> int:
@@ -946,18 +1045,6 @@ class ExecCommand:
             "DetachKeys": self.detach_text,
             "Pid": self.pid,
         }
-
-
-def console_size(options: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Columns and rows of a ``ConsoleSize``, which has rows first."""
-    size = options.get("consolesize")
-    if not size:
-        return None
-    try:
-        rows, columns = (int(number) for number in size)
-    except (TypeError, ValueError, OverflowError):
-        raise BadParameter(f"invalid console size: {size!r}") from None
-    return (columns, rows) if 0 < rows < 65536 and 0 < columns < 65536 else None
 
 
 class Gateway:
@@ -1082,8 +1169,9 @@ def container_name(agent_id: str) -> str:
 
 # ══════════════════════════════════════════════════════════════════════════════
 # HTTP
-# Threads: one for each connection of a client, which runs the API's functions;
-# for a hijacked one another, that receives; one that watches for hang-ups.
+# Threads: for each listening socket one, which holds the connections that ask
+# nothing; one for each request, which runs the API's functions; for a hijacked
+# connection another, that receives; one that watches for hang-ups.
 # ══════════════════════════════════════════════════════════════════════════════
 
 
@@ -1097,7 +1185,9 @@ class HangupWatcher:
         threading.Thread(target=self._run, name="hang-ups", daemon=True).start()
 
     @contextlib.contextmanager
-    def watch(self, sock: socket.socket, callback: Callable[[], None], *, half_close: bool) -> Iterator[None]:
+    def watch(
+        self, sock: socket.socket | ClientStream, callback: Callable[[], None], *, half_close: bool
+    ) -> Iterator[None]:
         """Call ``callback`` once, from a pool thread, when the peer has gone.
 
         Args:
@@ -1145,7 +1235,7 @@ class Peer:
     INFO_EXIT = 1 << 3
     PF_EXITING = 0x4
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket | ClientStream) -> None:
         self._pid = 0
         self._lock = threading.Lock()  # guards _pidfd, and is held while it is waited on
         self._pidfd = -1
@@ -1202,6 +1292,130 @@ class Peer:
         return int(fields[49]) if fields and fields[0] == "Z" else None
 
 
+class ClientStream(TLSStream):
+    """A client's connection that speaks TLS: one thread reads, another writes.
+
+    What TLS calls its goodbye (close_notify, RFC 8446 §6.1) is what a half-close is without TLS: Docker's client sends
+    one at the end of stdin, and goes on to read. A connection that ends without one was cut, and nothing that came
+    before is to be taken for the whole.
+    """
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        super().__init__(sock)
+        self.socket = sock
+        sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
+        self._deadline: float | None = None  # the reading thread's
+        self._leaving = False  # guarded by _lock: nobody wants to know any more what the client sends
+
+    def _read(self, size: int) -> bytes:
+        """Raises ConnectionResetError if it was cut."""
+        try:
+            if self._leaving:
+                while socket.socket.recv(self._sock, size):
+                    pass
+                return b""
+            return super()._read(size)
+        except BlockingIOError:
+            raise ssl.SSLWantReadError from None
+        except ssl.SSLEOFError:
+            raise ConnectionResetError(errno.ECONNRESET, "the client left without TLS's goodbye") from None
+
+    def _wait(self, event: int) -> None:
+        """Raises TimeoutError."""
+        poller = select.poll()
+        poller.register(self._sock, event)
+        if not poller.poll(None if self._deadline is None else max(self._deadline - time.monotonic(), 0) * 1000):
+            raise TimeoutError
+
+    def settimeout(self, timeout: float | None) -> None:
+        """How long recv() may take; for the thread that reads."""
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+
+    def shutdown(self, how: int) -> None:
+        """As the base class's, but SHUT_WR waits until the client has taken enough for the goodbye to be sent.
+
+        After that recv() waits for the client to leave, and throws away what it sends: OpenSSL takes data after our
+        goodbye for an error, and to close with something unread would be a reset, which the client may see before
+        the last output.
+        """
+        while how == socket.SHUT_WR and not self._say_goodbye():
+            self._wait(select.POLLOUT)
+        socket.socket.shutdown(self._sock, how)
+
+    def _say_goodbye(self) -> bool:
+        """False while there is no room for it."""
+        with self._lock:
+            if self._leaving:
+                return True
+            try:
+                self._sock.unwrap()
+            except ssl.SSLWantWriteError:
+                return False
+            except (OSError, ValueError):  # SSLWantReadError: the client has not said its own
+                pass
+            self._leaving = True
+            return True
+
+    def close(self) -> None:
+        if not self._leaving:
+            with contextlib.suppress(OSError):  # it has left
+                self.shutdown(socket.SHUT_WR)
+        super().close()
+
+
+class Incoming(io.RawIOBase):
+    """What a client sends: what the door has read of it, then the connection. Used by the thread that reads."""
+
+    def __init__(self, sock: socket.socket | ClientStream, early: bytes) -> None:
+        super().__init__()
+        self._sock = sock
+        self.early = early
+        self.paused = False  # nothing more is to be read
+        self._deadline: float | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Raises TimeoutError in within(), ConnectionResetError if the client has gone."""
+        target = memoryview(buffer).cast("B")
+        if not self.early:
+            if self.paused:
+                return None
+            if self._deadline is not None:
+                self._sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
+            self.early = self._sock.recv(len(target))  # maybe more, with TLS
+        count = min(len(self.early), len(target))
+        target[:count] = self.early[:count]
+        self.early = self.early[count:]
+        return count
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """All reading while entered may take that long together. Nobody sends meanwhile."""
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline = None
+            self._sock.settimeout(None)
+
+
+class Outgoing(io.RawIOBase):
+    """What a client is sent, unbuffered."""
+
+    def __init__(self, sock: socket.socket | ClientStream) -> None:
+        super().__init__()
+        self._sock = sock
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._sock.sendall(data)
+        return len(data)
+
+
 class Body(io.RawIOBase):
     """A request's body, whether it has a length or comes in chunks."""
 
@@ -1234,7 +1448,7 @@ class Body(io.RawIOBase):
         return len(data)
 
     def skip(self) -> bool:
-        """Read on to the end, so that the connection can be used again; False if that is too far."""
+        """Read on to the end, so that the connection can be used again; False if that is too far, or takes too long."""
         for _ in range(4):
             if self.complete or self._broken:
                 break
@@ -1243,6 +1457,10 @@ class Body(io.RawIOBase):
             except (EOFError, OSError, BadParameter):
                 return False
         return self.complete
+
+    def give_up(self) -> None:
+        """Nothing more of it is wanted."""
+        self._broken = True
 
     def _next_chunk(self) -> None:
         line = self._source.readline(256)
@@ -1317,11 +1535,7 @@ class Call:
         Raises:
             BadParameter: if it is no JSON object.
         """
-        data = bytearray()
-        while part := self.body.read(CHUNK):
-            data += part
-            if len(data) > BODY_LIMIT:
-                raise BadParameter(f"the body has more than {BODY_LIMIT} bytes")
+        data = self._read_body()
         try:
             value = json.loads(data) if data.strip() else {}
         except (ValueError, RecursionError) as exc:
@@ -1329,6 +1543,20 @@ class Call:
         if not isinstance(value, dict):
             raise BadParameter("invalid JSON: an object is wanted")
         return {name.lower(): item for name, item in value.items()}
+
+    def _read_body(self) -> bytes:
+        """All that is left of the body. Raises BadParameter or TooSlow."""
+        data = bytearray()
+        try:
+            with self.handler.incoming.within(BODY_TIMEOUT):
+                while part := self.body.read(CHUNK):
+                    data += part
+                    if len(data) > BODY_LIMIT:
+                        raise BadParameter(f"the body has more than {BODY_LIMIT} bytes")
+        except TimeoutError:
+            self.body.give_up()
+            raise TooSlow(f"the body did not come within {BODY_TIMEOUT:g} s") from None
+        return bytes(data)
 
     # What is answered.
 
@@ -1359,8 +1587,7 @@ class Call:
 
     def hijack(self, raw: bool) -> None:
         """Turn the connection into a stream, after what is left of the body."""
-        while self.body.read(CHUNK):
-            pass
+        self._read_body()
         upgrade = self.handler.headers.get("Upgrade")
         multiplexed = not raw and self.version >= (1, 42)
         self.handler.close_connection = True
@@ -1396,18 +1623,39 @@ VERSION_HEADERS = {
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection of a client."""
+    """One request of a client, whose head has been read by the door. Made in the thread that answers it."""
 
     protocol_version = "HTTP/1.1"
     server: Server  # type: ignore[assignment]
+    connection: socket.socket | ClientStream
 
-    def __init__(self, sock: socket.socket, where: Any, server: Server) -> None:
-        super().__init__(sock, where, server)  # type: ignore[arg-type]
+    def __init__(self, sock: socket.socket | ClientStream, early: bytes, server: Server) -> None:
+        self.incoming = Incoming(sock, early)
+        super().__init__(cast(socket.socket, sock), None, server)  # type: ignore[arg-type]
 
     def setup(self) -> None:
-        super().setup()
+        self.connection = self.request
+        self.rfile = self._reader = io.BufferedReader(self.incoming)
+        self.wfile = cast(io.BufferedIOBase, Outgoing(self.connection))
         if self.connection.family != socket.AF_UNIX:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # What tells a client that was killed, or whose machine has gone, from one that waits.
+            for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+                self.connection.setsockopt(socket.IPPROTO_TCP, option, value)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def handle(self) -> None:
+        """Answer the request; ``close_connection`` says whether there may be another."""
+        self.close_connection = True
+        self.handle_one_request()
+
+    def finish(self) -> None:
+        """The connection is the server's again."""
+
+    def read_ahead(self) -> bytes:
+        """What has been read of the next request."""
+        self.incoming.paused = True
+        return self._reader.peek() + self.incoming.early
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -1494,41 +1742,73 @@ class Handler(http.server.BaseHTTPRequestHandler):
             elif status == http.HTTPStatus.NOT_MODIFIED:
                 call.reply_nothing(status)
             else:
-                if not call.body.skip():
-                    self.close_connection = True
+                with self.incoming.within(SKIP_TIMEOUT):
+                    self.close_connection = not call.body.skip() or self.close_connection
                 call.reply({"message": message}, status)
         except OSError as exc:
             log.debug("%s %s: %s", self.command, self.path, exc)
             self.close_connection = True
 
 
-ACCEPT_PAUSE = 0.1  # seconds to wait when the system has no descriptor or thread left
+REQUEST_LINE = re.compile(rb"[A-Z]+ \S+ HTTP/1\.[01]\r$")
 
 
-def accept_forever(listener: socket.socket, serve: Callable[[socket.socket, Any], None], pool: ThreadPool) -> None:
-    """Accept connections until close_listener() is called; each is served in a pool thread."""
-    while True:
+class Caller(Guest):
+    """A connection whose request is not there yet, and who is refused in Docker's words."""
+
+    def respond(self, status: http.HTTPStatus, text: str) -> HTTPResponse:
+        body = json.dumps({"message": text.strip()}).encode() + b"\n"
+        facts = {"Connection": "close", "Content-Length": str(len(body)), "Content-Type": "application/json"}
+        return HTTPResponse(status.value, status.phrase, Headers({**VERSION_HEADERS, **facts}), body)
+
+
+class Door(Doorway):
+    """Holds connections until their TLS handshake and the head of a request are there, and between two requests.
+
+    So that thousands that ask nothing, or ask it slowly, take no threads and keep out nobody, see there.
+    """
+
+    guest_class: ClassVar[type[Guest]] = Caller
+
+    def __init__(self, listener: socket.socket, server: Server, tls: ServerTLS | None) -> None:
+        self._server = server
+        self._certificates = tls
+        context = None if tls is None else lambda: tls.context
+        super().__init__(listener, lambda guest, request: None, self._serve, pool, context)
+
+    def judge(self, head: bytes | bytearray) -> tuple[http.HTTPStatus, str] | None:
+        if head[:1] == b"\x16":  # a TLS handshake, see RFC 8446 §5.1
+            return http.HTTPStatus.BAD_REQUEST, "this port speaks no TLS"
+        if len(head.partition(b"\r\n\r\n")[0]) > HEAD_LIMIT:
+            return http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too long a request"
+        line, newline, _ = head.partition(b"\n")
+        if newline and REQUEST_LINE.match(line) is None:
+            return http.HTTPStatus.BAD_REQUEST, "not a request that makes sense"
+        return None
+
+    def examine(self, guest: Guest) -> bool:
+        """Who needs a certificate and has none is told so; what is asked for, the server looks at."""
+        if self._certificates is None or not self._certificates.wants_certificate or peer_certificate(guest.socket):
+            return True
+        words = "a client certificate is needed"
+        delay = delay_after(self.refusals.count(guest, words))
+        guest.refuse(guest.respond(http.HTTPStatus.FORBIDDEN, words), delay)
+        return False
+
+    def _serve(self, sock: socket.socket, early: bytes) -> None:
+        """Answer a request, in a pool thread."""
+        stream = ClientStream(sock) if isinstance(sock, ssl.SSLSocket) else sock
         try:
-            sock, where = listener.accept()
-        except OSError as exc:
-            if exc.errno in (errno.EBADF, errno.EINVAL):  # closed, or shut
+            handler = Handler(stream, early, self._server)
+            if not handler.close_connection:
+                self.take_back(sock, handler.read_ahead(), IDLE_TIMEOUT)
                 return
-            log.error("cannot accept a connection: %s", exc.strerror)
-            time.sleep(ACCEPT_PAUSE)
-            continue
-        try:
-            pool.submit(serve, sock, where)
-        except RuntimeError as exc:
-            log.error("cannot serve a connection: %s", exc)
-            sock.close()
-            time.sleep(ACCEPT_PAUSE)
-
-
-def close_listener(listener: socket.socket) -> None:
-    """Close a listening socket, and end the accept_forever() on it."""
-    with contextlib.suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
+        except OSError as exc:
+            log.debug("a client's connection: %s", exc)
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
 
 
 class Server:
@@ -1537,36 +1817,28 @@ class Server:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.watcher = HangupWatcher()
-        self._listeners: list[socket.socket] = []  # the main thread's
+        self._doors: list[Door] = []  # the main thread's
 
-    def listen(self, address: Address) -> int:
-        """Accept connections from now on; returns the port. Raises OSError."""
+    def listen(self, address: Address, tls: ServerTLS | None = None) -> int:
+        """Accept connections from now on, over TCP with ``tls`` if given; returns the port. Raises OSError."""
         before = os.umask(0o177)  # as for Docker's own socket: who may use it is as good as root in the containers
         try:
             listener = open_listener(address)
         finally:
             os.umask(before)
-        self._listeners.append(listener)
-        threading.Thread(
-            target=accept_forever, args=(listener, self._serve, pool), name=f"listen {address}", daemon=True
-        ).start()
-        return 0 if address.path else int(listener.getsockname()[1])
+        port = 0 if address.path else int(listener.getsockname()[1])
+        door = Door(listener, self, None if address.path else tls)
+        self._doors.append(door)
+        door.start()
+        return port
 
     def close(self) -> None:
-        for listener in self._listeners:
-            path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
-            close_listener(listener)
+        for door in self._doors:
+            path = door.listener.getsockname() if door.listener.family == socket.AF_UNIX else ""
+            door.close()
             if path:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
-
-    def _serve(self, sock: socket.socket, where: Any) -> None:
-        try:
-            Handler(sock, where, self)
-        except OSError as exc:
-            log.debug("a client's connection: %s", exc)
-        finally:
-            sock.close()
 
     def dispatch(self, call: Call, method: str, path: str) -> None:
         for route in ROUTES:
@@ -1617,11 +1889,6 @@ class Bridge:
 
     def run(self, output: Iterable[tuple[Stream, bytes]] | None = None) -> None:
         """Carry bytes until the session ends, or ``output`` if given, or the client leaves."""
-        if self._sock.family != socket.AF_UNIX:
-            # What tells a client that was killed from one that has only closed its stdin.
-            for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
-                self._sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         with self._call.handler.server.watcher.watch(self._sock, self._gone, half_close=False):
             pool.submit(self._receive)
             try:
@@ -1689,7 +1956,7 @@ class Bridge:
             self._received.set()
 
 
-def wait_for_reader(sock: socket.socket) -> None:
+def wait_for_reader(sock: socket.socket | ClientStream) -> None:
     """Wait until the peer has read the head of the answer.
 
     The Docker SDK for Python loses what it receives in one piece with that.
@@ -1707,7 +1974,7 @@ def wait_for_reader(sock: socket.socket) -> None:
         time.sleep(0.0005)
 
 
-def has_closed(sock: socket.socket) -> bool:
+def has_closed(sock: socket.socket | ClientStream) -> bool:
     """Whether the peer has closed for good, where that can be told from the end of what it sends."""
     poller = select.poll()
     poller.register(sock, 0)
@@ -1719,8 +1986,9 @@ class ExecBridge(Bridge):
 
     def failure_words(self, error: ClientError) -> str:
         if isinstance(error, SessionError):
-            assert isinstance(self._session.request, Exec)
-            return start_failure(error, self._session.request.cmd[0])[1]
+            request = self._session.request
+            assert isinstance(request, Exec)
+            return start_failure(error, request.cmd[0], request.workdir, request.user)[1]
         return str(error)
 
 
@@ -2309,7 +2577,7 @@ def read_replay(session: Session) -> Iterator[tuple[Stream, bytes]]:
 def create_exec(call: Call, name: str) -> None:
     container = call.gateway.find(name)
     conn = container.connection()
-    command = ExecCommand(container, call.json())
+    command = ExecCommand(container, Fields("ExecOptions", call.json()))
     if command.user and conn.version == 1:
         raise NotSupported("--user: the agent speaks version 1 of the protocol, which starts nothing as another user")
     call.gateway.add_exec(command)
@@ -2353,12 +2621,14 @@ def resize_container(call: Call, name: str) -> None:
 
 def start_exec(call: Call, exec_id: str) -> None:
     command = call.gateway.find_exec(exec_id)
-    options = call.json()
+    options = Fields("ExecStartOptions", call.json())
+    size, detach = options.size("ConsoleSize"), options.flag("Detach")
+    options.flag("Tty")  # it is as it was created, which every client says again
     conn = command.container.connection()
-    command.size = console_size(options) or command.size
+    command.size = size or command.size
     command.take()
     try:
-        if options.get("detach"):
+        if detach:
             start_detached(call, command, conn)
         else:
             start_attached(call, command, conn)
@@ -2388,7 +2658,7 @@ def start_detached(call: Call, command: ExecCommand, conn: AgentConn) -> None:
                 user=command.user,
             )
         except SessionError as exc:
-            code, words = start_failure(exc, command.cmd[0])
+            code, words = command.failure(exc)
             command.ended(code)
             raise BadParameter(words) from None
         # Only to learn of its end: the command needs nobody who listens.
@@ -2899,10 +3169,46 @@ def parse_agents(texts: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--agent: not NAME=HOST:PORT: {item!r}")
         if name in agents:
             raise ValueError(f"--agent: {name} is there twice")
+        for scheme, of_websockets in (("http://", "ws://"), ("https://", "wss://")):
+            if addr.startswith(scheme):
+                addr = of_websockets + addr.removeprefix(scheme)
         if not addr.startswith(("ws://", "wss://")):
             parse_address(addr)
         agents[name] = addr
     return agents
+
+
+def read_server_tls(options: argparse.Namespace, prefix: str = "") -> ServerTLS | None:
+    """What --tls-cert, --tls-key and --tls-client-ca ask for. Raises ValueError."""
+    cert, key, client_ca = (getattr(options, f"{prefix}tls_{name}") for name in ("cert", "key", "client_ca"))
+    flag = f"--{prefix.replace('_', '-')}tls"
+    if not cert:
+        if key or client_ca:
+            raise ValueError(f"{flag}-{'key' if key else 'client-ca'} needs {flag}-cert")
+        return None
+    return ServerTLS(cert, key or "", client_ca or "")
+
+
+def client_tls_of(addr: str, options: argparse.Namespace) -> ssl.SSLContext | None:
+    """What an agent's address is dialled with: TLS as --ca, --cert and --key say, but where it says that there is none.
+
+    Raises:
+        ValueError: if a file cannot be read or used.
+    """
+    if addr.startswith(("ws://", "unix:")) or not (options.ca or options.cert or addr.startswith("wss://")):
+        return None
+    return make_client_tls(options.ca or "", options.cert or "", options.key or "")
+
+
+def check_hosts(hosts: Sequence[Address], tls: ServerTLS | None, insecure: bool) -> None:
+    """Raises ValueError if the agents would be everybody's, and --insecure does not say that they are to be."""
+    for host in hosts:
+        if host.is_local or (tls is not None and tls.wants_certificate) or insecure:
+            continue
+        raise ValueError(
+            f"tcp://{host}: whoever reaches it could run commands in every agent: add --tls-cert and --tls-client-ca, "
+            "or --insecure if that is meant"
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -2923,12 +3229,38 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=ADDR[,...]",
-        help="an agent in server mode, at host:port, unix:/path or a ws:// or wss:// URL; may be repeated",
+        help="an agent in server mode, at host:port, unix:/path, a ws:// or wss:// URL; may be repeated",
     )
     parser.add_argument("--listen", metavar="ADDR", help="accept agents in reverse mode here, such as 127.0.0.1:8080")
     parser.add_argument(
         "--token-file", metavar="PATH", help="the agents' bearer token, in PATH (or SOCKERLESS_AGENT_TOKEN)"
     )
+    parser.add_argument(
+        "--tls-cert",
+        metavar="PATH",
+        help="speak TLS on tcp:// with the certificate in PATH (PEM, with its chain); SIGHUP reloads it",
+    )
+    parser.add_argument("--tls-key", metavar="PATH", help="its private key (default: in the same file)")
+    parser.add_argument(
+        "--tls-client-ca",
+        metavar="PATH",
+        help="Docker's clients must have a certificate that one in PATH (PEM) has issued; SIGHUP reloads it",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="serve tcp:// beyond the loopback interface without client certificates: whoever reaches it may do all",
+    )
+    parser.add_argument("--listen-tls-cert", metavar="PATH", help="the same as --tls-cert, for --listen")
+    parser.add_argument("--listen-tls-key", metavar="PATH", help="its private key (default: in the same file)")
+    parser.add_argument(
+        "--listen-tls-client-ca", metavar="PATH", help="agents must have a certificate that one in PATH has issued"
+    )
+    parser.add_argument(
+        "--ca", metavar="PATH", help="dial agents with TLS, and trust the certificates in PATH (PEM), no others"
+    )
+    parser.add_argument("--cert", metavar="PATH", help="dial them with TLS, and show the certificate in PATH (PEM)")
+    parser.add_argument("--key", metavar="PATH", help="its private key (default: in the same file)")
     parser.add_argument(
         "--reconnect",
         type=parse_duration,
@@ -2959,40 +3291,78 @@ def run(options: argparse.Namespace) -> None:
     agents = parse_agents(options.agent)
     hosts = [parse_host(text) for text in options.host or [DEFAULT_HOST]]
     listen = parse_address(options.listen) if options.listen else None
+    tls, listen_tls = read_server_tls(options), read_server_tls(options, "listen_")
+    if listen_tls is not None and listen is None:
+        raise ValueError("--listen-tls-cert needs --listen")
+    if options.key and not options.cert:
+        raise ValueError("--key needs --cert")
+    if tls is not None and all(host.path for host in hosts):
+        raise ValueError("--tls-cert needs -H tcp://host:port: a unix socket needs no TLS")
+    for addr in agents.values():
+        client_tls_of(addr, options)
+    check_hosts(hosts, tls, options.insecure)
     # Before any thread exists, so that each inherits it and sigwait() alone gets them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    reloaded = [source for source in (tls, listen_tls) if source is not None]
+    awaited = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if reloaded else set())
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     gateway = Gateway(options.compose_project)
     server = Server(gateway)
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)
         if listen is not None:
-            if token is None and not listen.is_local:
+            if token is None and not options.listen_tls_client_ca and not listen.is_local:
                 log.warning("NO TOKEN IS SET: whoever reaches %s can pose as an agent", listen)
             joiner = Joiner(gateway)
             listener = ReverseListener(
-                listen.host, listen.port, token=token, on_joined=joiner.joined, on_left=joiner.left
+                listen.host, listen.port, token=token, tls=listen_tls, on_joined=joiner.joined, on_left=joiner.left
             )
             stack.enter_context(listener)
             log.info("agents may dial %s", Address(listen.host, listener.port))
         for name, addr in agents.items():
             container = gateway.new_container(name)
             gateway.add(container)
-            dialler = Dialler(container, addr, token, options.reconnect)
+            dialler = Dialler(
+                container, addr, token, options.reconnect, functools.partial(client_tls_of, addr, options)
+            )
             dialler.start()
             stack.callback(dialler.stop)
         for host in hosts:
-            if not host.is_local:
+            if not host.is_local and not (tls is not None and tls.wants_certificate):
                 log.warning("%s HAS NO AUTHENTICATION: whoever reaches it can run commands in every agent", host)
-            port = server.listen(host)
-            log.info("serving Docker's clients on %s", host if host.path else Address(host.host, port))
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+            port = server.listen(host, tls)
+            where = host if host.path else Address(host.host, port)
+            log.info("serving Docker's clients on %s%s", where, " with TLS" if tls and not host.path else "")
+        while signal.sigwait(awaited) == signal.SIGHUP:
+            reload(reloaded)
         log.info("ending")
+
+
+def reload(sources: Sequence[ServerTLS]) -> None:
+    """Read certificates again, for new connections."""
+    try:
+        for source in sources:
+            source.reload()
+    except ValueError as exc:
+        log.error("what was read before stays in use: %s", exc)
+    else:
+        log.info("TLS: new connections get the certificates that were read now")
+
+
+class LogFormatter(logging.Formatter):
+    """Names the peer whom a line is about, where it is about one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        peer = getattr(record, "peer", "")
+        return f"{line} ({peer})" if peer else line
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command line; exit code 2 for what makes no sense, 1 if it cannot serve."""
     options = make_parser().parse_args(argv)
-    logging.basicConfig(format="docker-gateway: %(message)s", level=options.log_level.upper())
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("docker-gateway: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=options.log_level.upper())
     logging.getLogger("websockets").setLevel(logging.WARNING)
     code = 0
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import Authority
 from support import Agent, RawClient
 
 
@@ -37,6 +38,24 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     yield agent
     assert agent.stop() == 0
     assert "unexpected error" not in agent.log, agent.log
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Whom the tests of TLS trust."""
+    return Authority(tmp_path_factory.mktemp("ours"), "ours")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Whom nobody trusts."""
+    return Authority(tmp_path_factory.mktemp("theirs"), "theirs")
+
+
+@pytest.fixture(scope="module")
+def server_pem(ours: Authority) -> str:
+    """A certificate with its key for a server on the loopback interface."""
+    return ours.issue("server.pem", "127.0.0.1", "localhost")
 
 
 @pytest.fixture

@@ -31,7 +31,27 @@ DEADLINE = 60.0  # seconds; what is waited for comes at once, or something is br
 AS_PID_1 = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")  # a prefix for an agent
 IN_CI = bool(os.environ.get("CI"))
 
+# Python and the agent may be below /root, where nobody may go: in a mount namespace they are in another /root.
+_ENTER = """
+hold=$(mktemp -d) && mount -t tmpfs -o mode=755 none "$hold" && number=0
+for directory in "$1" "$2" "$3"; do
+    number=$((number + 1)) && mkdir "$hold/$number" && mount --bind "$directory" "$hold/$number" || exit 125
+done
+mount -t tmpfs -o mode=755 none /root && number=0
+for directory in "$1" "$2" "$3"; do
+    number=$((number + 1)) && mkdir -p "$directory" && mount --bind "$hold/$number" "$directory" || exit 125
+done
+umount -l "$hold" && rmdir "$hold" && shift 3
+exec setpriv --reuid="$0" --regid="$0" --clear-groups --no-new-privs --bounding-set=-all "$@"
+"""
+
 Event = dict[str, Any]
+
+
+def as_user(uid: int) -> tuple[str, ...]:
+    """A prefix that becomes an agent, or another command, without a capability and as a user whose name is nobody's."""
+    directories = (sys.base_prefix, sys.prefix, str(AGENT.parent))
+    return ("unshare", "--mount", "sh", "-c", _ENTER, str(uid), *directories)
 
 
 def need(*tools: str) -> None:

@@ -7,11 +7,11 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import following
 import pytest
 import screens
 from support import DEADLINE, TOKEN
@@ -27,9 +27,6 @@ class Gateway:
         self.path = directory / "docker.sock"
         self.config = directory / "docker-config"
         self.config.mkdir(exist_ok=True)
-        self._changed = threading.Condition()  # guards _log and _ended
-        self._log = ""
-        self._ended = False
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SOCKERLESS_")}
         self.process = subprocess.Popen(
             [*prefix, sys.executable, "-P", str(GATEWAY), "-H", f"unix://{self.path}", "--log-level", "debug", *flags],
@@ -39,28 +36,16 @@ class Gateway:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._log = following.Log(self.process)
         try:
             self.wait_for_log(rf"serving Docker's clients on unix:{re.escape(str(self.path))}")
         except BaseException:
             self.kill()
             raise
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._changed:
-                self._log += line
-                self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
     @property
     def log(self) -> str:
-        with self._changed:
-            return self._log
+        return self._log.text
 
     @property
     def host(self) -> str:
@@ -68,16 +53,7 @@ class Gateway:
 
     def wait_for_log(self, pattern: str, count: int = 1) -> re.Match[str]:
         """Wait until the log has so many matches; returns the last of them."""
-        found: list[re.Match[str]] = []
-
-        def look() -> bool:
-            found[:] = re.finditer(pattern, self._log)
-            return len(found) >= count or self._ended
-
-        with self._changed:
-            self._changed.wait_for(look, DEADLINE)
-            assert len(found) >= count, f"no {pattern!r} in the gateway's log:\n{self._log}"
-        return found[count - 1]
+        return self._log.wait_for(pattern, count)
 
     @property
     def environ(self) -> dict[str, str]:
@@ -120,19 +96,14 @@ class Gateway:
         except subprocess.TimeoutExpired:
             self.kill()
             pytest.fail(f"the gateway did not end:\n{self.log}")
-        self._finish()
+        self._log.close()
         return code
 
     def kill(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(DEADLINE)
-        self._finish()
-
-    def _finish(self) -> None:
-        self._reader.join(DEADLINE)
-        if self.process.stderr is not None and not self._reader.is_alive():
-            self.process.stderr.close()
+        self._log.close()
 
 
 class Terminal(screens.Terminal):

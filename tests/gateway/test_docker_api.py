@@ -11,93 +11,11 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from docking import DEADLINE, Gateway
+from by_hand import UPGRADE, Connection
+from docking import Gateway
 from support import Agent, eventually, need, need_root, wait_gone
-
-
-class Connection:
-    """One connection to a gateway, and HTTP by hand."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.sock.settimeout(DEADLINE)
-        self._buffer = b""
-
-    def send(self, method: str, path: str, *headers: str, body: bytes = b"") -> None:
-        lines = [f"{method} {path} HTTP/1.1", "Host: docker", *headers]
-        if body and not any(header.lower().startswith("transfer-encoding") for header in headers):
-            lines.append(f"Content-Length: {len(body)}")
-        self.sock.sendall("\r\n".join([*lines, "", ""]).encode() + body)
-
-    def _fill(self) -> None:
-        data = self.sock.recv(65536)
-        assert data, f"the connection ended: {self._buffer!r}"
-        self._buffer += data
-
-    def read(self, count: int) -> bytes:
-        while len(self._buffer) < count:
-            self._fill()
-        data, self._buffer = self._buffer[:count], self._buffer[count:]
-        return data
-
-    def read_line(self) -> bytes:
-        while b"\r\n" not in self._buffer:
-            self._fill()
-        line, _, self._buffer = self._buffer.partition(b"\r\n")
-        return line
-
-    def read_head(self) -> tuple[int, dict[str, str]]:
-        status = int(self.read_line().split()[1])
-        headers = {}
-        while line := self.read_line().decode():
-            name, _, value = line.partition(": ")
-            headers[name.lower()] = value
-        return status, headers
-
-    def read_answer(self) -> tuple[int, dict[str, str], bytes]:
-        """A whole answer, after which the connection can be used again."""
-        status, headers = self.read_head()
-        if headers.get("transfer-encoding") != "chunked":
-            return status, headers, self.read(int(headers.get("content-length", 0)))
-        body = b""
-        while size := int(self.read_line(), 16):
-            body += self.read(size)
-            assert self.read_line() == b""
-        assert self.read_line() == b""
-        return status, headers, body
-
-    def ask(self, method: str, path: str, body: object = None, *headers: str) -> tuple[int, Any]:
-        """Send JSON, get JSON."""
-        data = json.dumps(body).encode() if body is not None else b""
-        self.send(method, path, "Content-Type: application/json", *headers, body=data)
-        status, answered, content = self.read_answer()
-        assert answered.get("api-version") == "1.47" and answered.get("ostype") == "linux"
-        return status, json.loads(content) if content else None
-
-    def read_rest(self) -> bytes:
-        """What comes until the other side closes."""
-        parts, self._buffer = [self._buffer], b""
-        while part := self.sock.recv(1 << 20):
-            parts.append(part)
-        return b"".join(parts)
-
-    def frames(self) -> list[tuple[int, bytes]]:
-        """The rest as frames of Docker's multiplexed stream."""
-        data, start, found = self.read_rest(), 0, []
-        while start < len(data):
-            stream, size = struct.unpack_from(">BxxxL", data, start)
-            found.append((stream, data[start + 8 : start + 8 + size]))
-            start += 8 + size
-        return found
-
-    def create(self, *cmd: str, **options: object) -> str:
-        options = {"AttachStdout": True, "AttachStderr": True, **options}
-        status, answer = self.ask("POST", "/containers/web/exec", {"Cmd": list(cmd), **options})
-        assert status == 201, answer
-        return str(answer["Id"])
 
 
 @pytest.fixture
@@ -154,11 +72,57 @@ def test_errors_are_dockers_json_and_leave_the_connection_usable(connection: Con
     for body, message in (
         ([], "an object is wanted"),
         ({"Cmd": []}, "No exec command specified"),
-        ({"Cmd": "ls"}, "No exec command"),
+        ({"Cmd": None}, "No exec command specified"),
         ({"Cmd": ["ls"], "ConsoleSize": [float("inf"), 80]}, "invalid console size: [inf, 80]"),
     ):
         found, answer = connection.ask("POST", "/containers/web/exec", body)
         assert found == 400 and message in answer["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("Cmd", "ls", "string into Go struct field ExecOptions.Cmd of type []string"),
+        ("Cmd", 5, "number into Go struct field ExecOptions.Cmd of type []string"),
+        ("cmd", ["ls", 5], "number into Go struct field ExecOptions.Cmd of type string"),
+        ("Cmd", [["ls"]], "array into Go struct field ExecOptions.Cmd of type string"),
+        ("Env", "x", "string into Go struct field ExecOptions.Env of type []string"),
+        ("Env", {"A": "1"}, "object into Go struct field ExecOptions.Env of type []string"),
+        ("Env", [True], "bool into Go struct field ExecOptions.Env of type string"),
+        ("WorkingDir", 1.5, "number into Go struct field ExecOptions.WorkingDir of type string"),
+        ("User", 0, "number into Go struct field ExecOptions.User of type string"),
+        ("Tty", "yes", "string into Go struct field ExecOptions.Tty of type bool"),
+        ("AttachStdin", 1, "number into Go struct field ExecOptions.AttachStdin of type bool"),
+        ("AttachStdout", [], "array into Go struct field ExecOptions.AttachStdout of type bool"),
+        ("AttachStderr", {}, "object into Go struct field ExecOptions.AttachStderr of type bool"),
+        ("DetachKeys", False, "bool into Go struct field ExecOptions.DetachKeys of type string"),
+        ("Privileged", "false", "string into Go struct field ExecOptions.Privileged of type bool"),
+        ("ConsoleSize", "80x24", "string into Go struct field ExecOptions.ConsoleSize of type [2]uint"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(connection: Connection, field: str, value: object, words: str) -> None:
+    body = {"Cmd": ["true"], field: value}
+    status, answer = connection.ask("POST", "/containers/web/exec", body)
+    assert (status, answer["message"]) == (400, f"invalid JSON: json: cannot unmarshal {words}")
+
+
+def test_a_start_with_a_field_of_a_wrong_type_starts_nothing(connection: Connection) -> None:
+    exec_id = connection.create("true")
+    for field, value in (("Detach", "no"), ("Tty", 0), ("ConsoleSize", {"h": 1}), ("ConsoleSize", ["24", "80"])):
+        status, answer = connection.ask("POST", f"/exec/{exec_id}/start", {field: value})
+        assert status == 400 and ("ConsoleSize" in field or f"ExecStartOptions.{field}" in answer["message"])
+    assert connection.ask("POST", f"/exec/{exec_id}/start", {"Detach": True, "Tty": None})[0] == 200
+
+
+def test_what_is_null_is_as_if_it_were_not_there_and_what_is_no_text_is_replaced(
+    connection: Connection, dial: Callable[[], Connection]
+) -> None:
+    fields = ("Env", "WorkingDir", "User", "Tty", "DetachKeys", "Privileged", "ConsoleSize")
+    exec_id = connection.create("printf", "%s", "half: \ud800.", **dict.fromkeys(fields))
+    started = dial()
+    started.send("POST", f"/exec/{exec_id}/start", *UPGRADE, body=b"{}")
+    assert started.read_head()[0] == 101
+    assert started.frames() == [(1, "half: \ufffd.".encode())]
 
 
 def test_a_body_may_come_in_chunks(connection: Connection) -> None:
@@ -202,7 +166,6 @@ def test_web_pages_are_refused(connection: Connection) -> None:
 
 # ── hijacked connections ──────────────────────────────────────────────────────
 
-UPGRADE = ("Connection: Upgrade", "Upgrade: tcp")
 SCRIPT = "cat; echo err >&2; exit 3"
 
 

@@ -97,8 +97,33 @@ def test_a_command_that_cannot_start_fails_with_dockers_words_and_status(
 def test_what_cannot_be_done_is_refused_with_a_sentence(gateway: Gateway) -> None:
     assert "no more rights than it has itself" in gateway.refused("exec", "--privileged", "web", "true")
     assert "No such container: nobody" in gateway.refused("exec", "nobody", "true")
-    code, stdout, stderr = gateway.docker("exec", "-w", "/no/such/dir", "web", "true")
-    assert code == 126 and b"/no/such/dir" in stdout + stderr
+
+
+RUNC = "OCI runtime exec failed: exec failed: unable to start container process: "
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["-w", "/no/such/dir"],
+            f'{RUNC}chdir to cwd ("/no/such/dir") set in config.json failed: no such file or directory: unknown',
+        ),
+        (
+            ["-w", "/etc/passwd"],
+            f'{RUNC}chdir to cwd ("/etc/passwd") set in config.json failed: not a directory: unknown',
+        ),
+        (["-u", "nosuchuser"], "unable to find user nosuchuser: no matching entries in passwd file"),
+        (["-u", "root:nosuchgroup"], "unable to find group nosuchgroup: no matching entries in group file"),
+    ],
+)
+def test_a_directory_or_user_that_is_not_there_is_said_in_dockers_words(
+    gateway: Gateway, words: list[str], message: str
+) -> None:
+    code, stdout, stderr = gateway.docker("exec", *words, "web", "true")
+    assert (code, (stdout + stderr).decode().strip()) == (126, message)
+    code, stdout, stderr = gateway.docker("exec", "-d", *words, "web", "true")
+    assert code != 0 and message in (stdout + stderr).decode()
 
 
 def test_a_container_is_found_by_its_name_its_id_and_the_beginning_of_that(gateway: Gateway) -> None:

@@ -1,4 +1,4 @@
-"""Nothing that a test starts outlives it, however it ends."""
+"""Nothing that a test starts outlives it, however it ends; a client of ours for the tests that need one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import running
+from proxy import Proxy
+
+from agent_client import AgentConn
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +17,21 @@ def no_agent_outlives_its_test() -> Iterator[None]:
     yield
     while running.all_started:
         running.all_started.pop().kill()
+
+
+@pytest.fixture
+def conn(box: running.RunningAgent) -> Iterator[AgentConn]:
+    """Our own client's connection to the agent that a module's tests call box."""
+    with AgentConn.dial(box.addr, running.TOKEN) as connection:
+        yield connection
+
+
+@pytest.fixture
+def proxy(box: running.RunningAgent) -> Iterator[Proxy]:
+    """In front of that agent."""
+    started = Proxy(box.addr)
+    yield started
+    started.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -7,16 +7,14 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import following
+from support import DEADLINE, TOKEN
+
 import agent
-
-DEADLINE = 60.0  # seconds; what is waited for comes at once, or something is broken
-TOKEN = "correct-horse-battery"
-
 
 all_started: list[RunningAgent] = []  # of one test; see conftest.py
 
@@ -48,12 +46,8 @@ class RunningAgent:
             text=True,
         )
         self.addr = ""
-        self._changed = threading.Condition()  # guards _lines and _ended
-        self._lines: list[str] = []
-        self._ended = False
         all_started.append(self)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._log = following.Log(self.process)
         if not self.reverse:
             try:
                 self.addr = self.wait_for_log(r"listening on (\S+)")[1]
@@ -67,40 +61,18 @@ class RunningAgent:
             self.process.kill()
         self.wait()
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._changed:
-                self._lines.append(line)
-                self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
     @property
     def log(self) -> str:
-        with self._changed:
-            return "".join(self._lines)
+        return self._log.text
 
     def wait_for_log(self, pattern: str, count: int = 1) -> re.Match[str]:
         """Wait until the log has ``count`` matches of ``pattern``; returns the last of them."""
-        found: list[re.Match[str]] = []
-
-        def look() -> bool:
-            found[:] = re.finditer(pattern, "".join(self._lines))
-            return len(found) >= count or self._ended
-
-        with self._changed:
-            self._changed.wait_for(look, DEADLINE)
-            assert len(found) >= count, f"no {pattern!r} in the log:\n" + "".join(self._lines)
-        return found[count - 1]
+        return self._log.wait_for(pattern, count)
 
     def wait(self) -> int:
         """Wait until it ends by itself; returns its exit code."""
         code = self.process.wait(DEADLINE)
-        self._reader.join(DEADLINE)
-        if self.process.stderr is not None:
-            self.process.stderr.close()
+        self._log.close()
         return code
 
     def stop(self) -> int:

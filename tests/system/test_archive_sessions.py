@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proxy import Proxy
 from running import DEADLINE, TOKEN, RunningAgent, spawned
 from support import eventually, need_root
-from test_resume import Proxy
 
 import agent
 import agent_client
@@ -38,12 +38,6 @@ def box(tmp_path: Path) -> Iterator[RunningAgent]:
     yield started
     started.stop()
     assert "unexpected error" not in started.log
-
-
-@pytest.fixture
-def conn(box: RunningAgent) -> Iterator[AgentConn]:
-    with AgentConn.dial(box.addr, TOKEN) as connection:
-        yield connection
 
 
 def archive_of(contents: dict[str, bytes]) -> bytes:

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import trustme
 from support import DEADLINE, TOKEN, Agent, RawClient, eventually, need, need_root, run_agent
+from test_authentication import dial
+from test_authentication import request as ask_for
 from test_http import request
 from test_version_2 import Client
 from websockets.exceptions import InvalidStatus
@@ -119,6 +121,16 @@ def test_attempts_that_were_refused_are_told(
     assert len(box.wait_for("start")) == 1
     assert "wr0ng" not in box.path.read_text()
     assert TOKEN not in box.path.read_text()
+
+
+def test_guessing_does_not_fill_the_disk(audited: Callable[..., Audited]) -> None:
+    box = audited()
+    # Those who wait for the answer would wait for a minute; who leaves is counted before the next one comes.
+    for _ in range(60):
+        with dial(box.agent) as guesser:
+            guesser.sendall(ask_for(box.agent, "Authorization: Bearer guess", path="/metrics"))
+    refused = box.wait_for("refused", 6)
+    assert sorted(entry["times"] for entry in refused) == [1, 2, 4, 8, 16, 32]  # each was examined by its own thread
 
 
 def test_a_secret_that_is_guessed_wrong_is_told(audited: Callable[..., Audited]) -> None:

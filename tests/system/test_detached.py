@@ -33,12 +33,6 @@ def box(tmp_path: Path) -> Iterator[RunningAgent]:
 
 
 @pytest.fixture
-def conn(box: RunningAgent) -> Iterator[AgentConn]:
-    with AgentConn.dial(box.addr, TOKEN) as connection:
-        yield connection
-
-
-@pytest.fixture
 def environ(box: RunningAgent) -> dict[str, str]:
     return {**os.environ, "SOCKERLESS_AGENT_ADDR": box.addr, "SOCKERLESS_AGENT_TOKEN": TOKEN}
 

@@ -25,6 +25,7 @@ from support import (
     TOKEN,
     Agent,
     RawClient,
+    as_user,
     eventually,
     is_alive,
     need,
@@ -34,20 +35,7 @@ from support import (
 
 from agent_client import AgentConn
 
-# Python and the agent may be below /root, where nobody may go: in a mount namespace they are in another /root.
-_ENTER = """
-hold=$(mktemp -d) && mount -t tmpfs -o mode=755 none "$hold" && number=0
-for directory in "$1" "$2" "$3"; do
-    number=$((number + 1)) && mkdir "$hold/$number" && mount --bind "$directory" "$hold/$number" || exit 125
-done
-mount -t tmpfs -o mode=755 none /root && number=0
-for directory in "$1" "$2" "$3"; do
-    number=$((number + 1)) && mkdir -p "$directory" && mount --bind "$hold/$number" "$directory" || exit 125
-done
-umount -l "$hold" && rmdir "$hold" && shift 3
-exec setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs --bounding-set=-all "$@"
-"""
-NOBODY = ("unshare", "--mount", "sh", "-c", _ENTER, "sh", sys.base_prefix, sys.prefix, str(AGENT.parent))
+NOBODY = as_user(65534)
 PTRACE_SEIZE = 0x4206  # <linux/ptrace.h>
 StartAgent = Callable[..., Agent]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from proxy import Proxy
 from running import DEADLINE, TOKEN, RunningAgent
 from support import eventually
-from test_resume import Proxy
 from websockets.sync.client import ClientConnection, connect
 
 from agent import SUBPROTOCOL
@@ -317,6 +317,81 @@ def test_what_comes_late_on_an_earlier_connection_takes_nothing_over(
     raw.send(bytes((0, 4)) + b"mine" + b"hello")
     send(raw, "close_stdin", id="mine")
     assert finish(raw) == (b"hello", 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        ("exec", {"cmd": ["nosuch"]}, "not_found"),
+        ("exec", {"cmd": ["true"], "workdir": "/nonexistent"}, "start_failed"),
+        ("exec", {"cmd": ["nosuch"], "detach": True}, "not_found"),
+        ("attach", {"session": "nosuch"}, "no_detached_command"),
+        ("resume", {"secret": "b" * 16, "offset": 0}, "unknown_session"),
+    ],
+)
+def test_an_id_is_free_again_once_a_start_has_failed(
+    setting: Setting, raw: ClientConnection, kind: str, fields: dict[str, object], reason: str
+) -> None:
+    """For this client, and for another of the listener."""
+    with another(setting) as other:
+        for connection in (raw, other, raw):
+            send(connection, kind, id="mine", **fields)
+            error = receive(connection)
+            assert isinstance(error, dict)
+            assert (error["type"], error["reason"]) == ("error", reason)
+        assert not setting.conn._routes
+        send(other, "exec", id="mine", cmd=["sh", "-c", "exit 3"])
+        assert finish(other) == (b"", 3)
+
+
+def test_an_id_is_free_again_once_a_command_is_detached(setting: Setting, raw: ClientConnection) -> None:
+    send(raw, "exec", id="mine", cmd=["true"], detach=True)
+    started = receive(raw)
+    assert isinstance(started, dict)
+    assert started["type"] == "started"
+    assert not setting.conn._routes
+    with another(setting) as other:
+        send(other, "attach", id="mine", session="mine")
+        assert finish(other) == (b"", 0)
+
+
+@pytest.mark.parametrize(
+    ("request_of_other", "words"),
+    [
+        ({"offset": 5}, "offset 5 is not from 1 to 4"),
+        ({"offset": 0}, "offset 0 is not from 1 to 4"),
+        ({"offset": 2, "acked": 3}, "3 bytes are acknowledged, and 2 received"),
+        ({"cmd": ["cat"]}, "offset 0 is not from 1 to 4"),
+    ],
+)
+def test_a_resume_that_makes_no_sense_disturbs_nobody(
+    setting: Setting, raw: ClientConnection, request_of_other: dict[str, object], words: str
+) -> None:
+    secret = "a" * 16
+    send(raw, "exec", id="mine", cmd=["cat"], secret=secret)
+    raw.send(bytes((0, 4)) + b"mine" + b"four")
+    while receive(raw) != bytes((1, 4)) + b"minefour":
+        pass
+    send(raw, "ack", id="mine", offset=1)
+    ask_and_wait(raw)
+    kind = "exec" if "cmd" in request_of_other else "resume"
+    with another(setting) as other:
+        send(other, kind, id="mine", secret=secret, **request_of_other)
+        error = receive(other)
+        assert isinstance(error, dict)
+        assert (error["type"], error["reason"], error["message"]) == ("error", "bad_request", f"resume: {words}")
+        raw.send(bytes((0, 4)) + b"mine" + b"more")
+        while receive(raw) != bytes((1, 4)) + b"minemore":
+            pass
+        (session,) = [entry for entry in setting.conn.sessions() if entry["kind"] == "exec"]
+        assert session["connected"]
+        # One that makes sense takes it over, of course.
+        send(other, "resume", id="mine", secret=secret, offset=6, acked=5)
+        resumed = receive(other)
+        assert isinstance(resumed, dict)
+        assert (resumed["type"], resumed["offset"]) == ("resumed", 6)
+        send(other, "close_stdin", id="mine")
+        assert finish(other) == (b"re", 0)
 
 
 def test_a_session_that_is_asked_for_as_the_link_is_lost_leaves_no_route(

@@ -32,12 +32,6 @@ def box(tmp_path: Path) -> Iterator[RunningAgent]:
     assert "unexpected error" not in started.log
 
 
-@pytest.fixture
-def conn(box: RunningAgent) -> Iterator[AgentConn]:
-    with AgentConn.dial(box.addr, TOKEN) as connection:
-        yield connection
-
-
 def usage(conn: AgentConn, session_id: str) -> dict[str, Any]:
     (found,) = (entry for entry in conn.stats()["sessions"] if entry["id"] == session_id)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import socket
@@ -13,48 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import trustme
+from certificates import Authority
 from running import RunningAgent, spawned
 from support import DEADLINE, TOKEN, Agent, eventually, need, run_agent
 
 import agent_client
 from agent import ConfigError, load_config
 from agent_client import AgentConn, ConnectFailed, ReverseListener, ServerTLS, Unauthorized, make_client_tls
-
-
-class Authority:
-    """A CA, and the files of what it issues."""
-
-    def __init__(self, directory: Path, name: str) -> None:
-        self._directory = directory
-        self._ca = trustme.CA(organization_name=name)
-        self.path = str(directory / f"{name}-ca.pem")
-        self._ca.cert_pem.write_to_path(self.path)
-
-    def issue(self, path: str, *names: str, expired: bool = False) -> str:
-        """A certificate and its key in one file; returns the file's path."""
-        until = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1) if expired else None
-        issued = self._ca.issue_cert(*names, common_name=names[0], not_after=until)
-        target = self._directory / path
-        scratch = target.with_suffix(".new")
-        issued.private_key_and_cert_chain_pem.write_to_path(str(scratch))
-        scratch.replace(target)
-        return str(target)
-
-
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ours"), "ours")
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("theirs"), "theirs")
-
-
-@pytest.fixture(scope="module")
-def server_pem(ours: Authority) -> str:
-    return ours.issue("server.pem", "127.0.0.1", "localhost")
 
 
 @pytest.fixture(scope="module")

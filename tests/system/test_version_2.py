@@ -70,6 +70,10 @@ class Client:
     def send(self, kind: str, **fields: object) -> None:
         self.ws.send(json.dumps({"type": kind, **fields}))
 
+    def expect(self, id: str) -> Session:
+        """A session that is started by hand."""
+        return self.sessions.setdefault(id, Session(id))
+
     def exec(self, cmd: Sequence[str], id: str = "s", **fields: object) -> Session:
         self.sessions[id] = Session(id)
         self.send("exec", id=id, cmd=list(cmd), **fields)

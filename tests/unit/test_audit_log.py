@@ -30,7 +30,9 @@ def open_log(tmp_path, counters):
     """Opens audit logs, whose threads end with the test process."""
 
     def open_one(path=tmp_path / "audit", hidden=()):
-        return AuditLog(str(path), counters, LogFormatter("json", hidden))
+        log = AuditLog(str(path), counters, LogFormatter("json", hidden))
+        log.start()
+        return log
 
     return open_one
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hmac
 import http
+import socket
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import DEADLINE
 
+import agent
 from agent import DELAY_FIRST, DELAY_LAST, HEAD_LIMIT, Tokens, delay_after, judge_head
+from agent_client import ReverseListener
 
 BAD, METHOD, LONG = (
     http.HTTPStatus.BAD_REQUEST,
@@ -66,6 +70,17 @@ def test_a_delay_grows_and_has_a_bound(count: int) -> None:
     assert DELAY_FIRST <= delay_after(count) <= delay_after(count + 1) <= DELAY_LAST
     assert delay_after(1) == DELAY_FIRST
     assert delay_after(10**6) == DELAY_LAST
+
+
+def test_a_refusal_that_comes_late_is_an_answer_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine its time may be over before it begins."""
+    monkeypatch.setattr(agent, "REFUSAL_LINGER", -1.0)
+    with (
+        ReverseListener("127.0.0.1", token="right") as listener,
+        socket.create_connection(("127.0.0.1", listener.port), DEADLINE) as sock,
+    ):
+        sock.sendall(b"GET /agents HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 401 ")
 
 
 @pytest.mark.parametrize(

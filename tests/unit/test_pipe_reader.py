@@ -38,7 +38,8 @@ class Reading:
         self.exited = Wakeup()
         self.ended = threading.Event()
         reader = PipeReader({stdout: Stream.STDOUT, stderr: Stream.STDERR}, self.sink, self.exited, drain_timeout)
-        self.thread = InThread(reader.run, self.ended.set)
+        self.failures: list[Exception] = []
+        self.thread = InThread(reader.run, self.ended.set, self.failures.append)
 
     def close(self) -> None:
         self.exited.set()

@@ -1,0 +1,146 @@
+"""A client's connection that was lost while nothing ran on it: the next start makes it again, or says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from lossy import LossyLink
+from proxy import Proxy
+from running import DEADLINE, TOKEN, RunningAgent
+from support import eventually, need, need_root
+from test_resume_networks import dial_within
+
+import agent_client
+from agent_client import AgentConn, ConnectionLost
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[RunningAgent]:
+    started = RunningAgent(tmp_path)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(params=[2, 1])
+def conn(request: pytest.FixtureRequest, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[AgentConn]:
+    """Of both versions of the protocol."""
+    if request.param == 1:
+        monkeypatch.setattr(agent_client, "SUBPROTOCOL", "none")
+    with AgentConn.dial(proxy.addr, TOKEN) as connection:
+        assert connection.version == request.param
+        yield connection
+
+
+def echo(conn: AgentConn, word: str = "hi") -> str:
+    return str(conn.run(["echo", word], capture_output=True, text=True).stdout)
+
+
+def lose(conn: AgentConn, proxy: Proxy) -> None:
+    """Cut an idle connection, and wait until that is known here."""
+    proxy.cut()
+    conn._thread.join(DEADLINE)
+    assert not conn._thread.is_alive()
+
+
+def test_the_next_start_makes_it_again(conn: AgentConn, proxy: Proxy) -> None:
+    for count in range(1, 4):
+        assert echo(conn) == "hi\n"
+        assert proxy.connections == count
+        lose(conn, proxy)
+    with conn.popen(["cat"]) as process:
+        process.stdin.write(b"typed\n")
+        assert process.stdout.readline() == b"typed\n"
+
+
+@pytest.mark.parametrize("conn", [2], indirect=True)  # version 1 has neither
+def test_what_is_detached_or_asked_makes_it_again_too(conn: AgentConn, proxy: Proxy) -> None:
+    lose(conn, proxy)
+    assert conn.health()["status"] == "ok"
+    lose(conn, proxy)
+    started = conn.start_detached(["sh", "-c", "echo out; exit 3"])
+    lose(conn, proxy)
+    process = conn.attach(started.id)
+    assert (process.stdout.read(), process.wait(DEADLINE)) == (b"out\n", 3)
+    assert proxy.connections == 4
+
+
+def test_many_starts_at_once_make_it_once(conn: AgentConn, proxy: Proxy) -> None:
+    lose(conn, proxy)
+    with ThreadPoolExecutor(20) as executor:
+        words = list(executor.map(lambda number: echo(conn, str(number)), range(20)))
+    assert words == [f"{number}\n" for number in range(20)]
+    assert proxy.connections == 2
+
+
+def test_if_it_cannot_be_made_the_start_says_so_and_the_one_after_tries_again(conn: AgentConn, proxy: Proxy) -> None:
+    lose(conn, proxy)
+    proxy.refusing = True
+    for _ in range(2):
+        with pytest.raises(ConnectionLost, match=r"lost.*; it cannot be made again: "):
+            echo(conn)
+    proxy.refusing = False
+    assert echo(conn) == "hi\n"
+
+
+def test_a_command_that_was_lost_is_not_started_a_second_time(box: RunningAgent, proxy: Proxy, tmp_path: Path) -> None:
+    """Its connection is given up, after which there is another for what comes next."""
+    marks = tmp_path / "marks"
+    with AgentConn.dial(proxy.addr, TOKEN, patience=0.2) as conn:
+        process = conn.popen(["sh", "-c", f"echo x >> {marks}; exec cat"])
+        eventually(marks.exists, "its start")
+        proxy.refusing = True
+        proxy.cut()
+        with pytest.raises(ConnectionLost):
+            process.wait(DEADLINE)
+        proxy.refusing = False
+        assert echo(conn) == "hi\n"
+        with pytest.raises(ConnectionLost):
+            process.wait(DEADLINE)
+    assert marks.read_text() == "x\n"
+
+
+def test_who_wants_to_hear_of_the_loss_does(proxy: Proxy) -> None:
+    with AgentConn.dial(proxy.addr, TOKEN, patience=0) as conn:
+        lose(conn, proxy)
+        with pytest.raises(ConnectionLost):
+            echo(conn)
+        with pytest.raises(ConnectionLost):
+            conn.health()
+    assert proxy.connections == 1
+
+
+def test_what_was_closed_stays_closed(conn: AgentConn, proxy: Proxy) -> None:
+    conn.close()
+    with pytest.raises(ConnectionLost):
+        echo(conn)
+    assert proxy.connections == 1
+
+
+@pytest.mark.root
+def test_an_agent_whose_machine_has_gone_is_given_up_after_the_times_that_were_asked_for(tmp_path: Path) -> None:
+    """With those that it has of itself this would take two minutes."""
+    need_root()
+    need("ip", "ss")
+    link = LossyLink(seed=1, loss=0.0, delay=0.0)
+    try:
+        prefix = ("ip", "netns", "exec", link.names[1])
+        box = RunningAgent(tmp_path, "--addr", f"{link.addresses[1]}:0", prefix=prefix)
+        times = {"patience": 0.5, "ping_interval": 0.2, "ping_timeout": 1.0}
+        with dial_within(link, box.addr.rpartition(":")[2], **times) as conn:
+            process = conn.popen(["cat"])
+            process.stdin.write(b"here\n")
+            assert process.stdout.readline() == b"here\n"
+            link.take(1, "down")
+            with pytest.raises(ConnectionLost):
+                process.wait(DEADLINE)
+    finally:
+        link.close()
+
+
+def test_times_that_make_no_sense_are_refused(box: RunningAgent) -> None:
+    for times in ({"ping_interval": 0.0}, {"ping_timeout": -1.0}):
+        with pytest.raises(ValueError, match="must be more than 0 s"):
+            AgentConn.dial(box.addr, TOKEN, **times)
