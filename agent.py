@@ -7635,6 +7635,12 @@ class DialledWebSocket(QueuedConnection, ClientConnection):
                 raise stream.error from exc
             raise
 
+    def send_data(self) -> None:
+        super().send_data()
+        if self.protocol.handshake_exc is not None:  # an answer that is none may have no end: it is not waited for
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+
 
 def _drop(buffers: list[BytesLike], count: int) -> None:
     """Drop the first ``count`` bytes of a list of buffers."""

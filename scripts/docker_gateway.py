@@ -1697,8 +1697,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = serve
 
     def _read_call(self) -> Call:
-        chunked = "chunked" in self.headers.get("Transfer-Encoding", "").lower()
-        length_text = (self.headers.get("Content-Length") or "0").strip()
+        codings = [coding.strip().lower() for coding in self.headers.get_all("Transfer-Encoding", [])]
+        lengths = self.headers.get_all("Content-Length", [])
+        # A proxy might take another one of them for the length (RFC 9112 §6.3).
+        if codings not in ([], ["chunked"]) or len(lengths) + len(codings) > 1:
+            raise BadParameter("the length of the body is doubtful")
+        chunked = bool(codings)
+        length_text = (lengths or ["0"])[0].strip() or "0"
         if re.fullmatch(r"[0-9]{1,18}", length_text) is None:
             raise BadParameter("invalid Content-Length")
         length = int(length_text)
@@ -1709,7 +1714,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ValueError as exc:
             raise BadParameter(f"invalid URL: {exc}") from None
         version = API_VERSION
-        match = re.match(r"/v(\d+)\.(\d+)(/.*)", path)
+        match = re.match(r"/v([0-9]{1,9})\.([0-9]{1,9})(/.*)", path)
         if match is not None:
             version, path = (int(match[1]), int(match[2])), match[3]
         self._path = path
