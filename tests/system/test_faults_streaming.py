@@ -463,7 +463,7 @@ def test_without_memory_work_waits_or_is_told_and_the_agent_lives_on(start_agent
         # waits for ever. So threads are refused here, and large buffers; test_faults_memory.py has the rest.
         with limited(agent.pid, resource.RLIMIT_AS, pages * resource.getpagesize() + (4 << 20)):
             flood = conn.popen(["head", "-c", "100000000", "/dev/zero"])
-            for _ in range(30):
+            for _ in range(10):
                 tries(end_cat_of, conn)
             with contextlib.suppress(SessionError):
                 assert sum(len(data) for data in iter(lambda: flood.stdout.read1(1 << 20), b"")) == 100_000_000
