@@ -3487,7 +3487,13 @@ class _PoolThread:
     def __init__(self, pool: ThreadPool) -> None:
         self._pool = pool
         self._jobs: queue.SimpleQueue[tuple[Callable[..., None], tuple[object, ...]]] = queue.SimpleQueue()
-        threading.Thread(target=self._loop, name="pool", daemon=True).start()
+        self._abandoned = False  # set before the job that tells it
+        try:
+            threading.Thread(target=self._loop, name="pool", daemon=True).start()
+        except Exception:  # MemoryError while its first sign of life is waited for: nobody will know it
+            self._abandoned = True
+            self.run(lambda: None)
+            raise
 
     def run(self, job: Callable[..., None], *args: object) -> None:
         self._jobs.put((job, args))
@@ -3509,6 +3515,8 @@ class _PoolThread:
                 with contextlib.suppress(MemoryError):
                     log.exception("unexpected error in a pool thread")
             del job, args  # a parked thread keeps nothing alive
+            if self._abandoned:
+                return
             reserved = False
             self._pool._park(self)
 
@@ -3937,6 +3945,7 @@ class PumpedTerminal:
     fd: int
     sink: Sink
     on_end: Callable[[], None]
+    on_failure: Callable[[Exception], None]
     drain_timeout: float
     quiet_after: float | None = None  # monotonic time; set once the child has ended
     paused: bool = False  # waits for room in its sink: not quiet, only slow
@@ -3966,9 +3975,19 @@ class TerminalPump:
                 threading.Thread(target=self._run, name="terminal-pump", daemon=True).start()
                 self._started = True
 
-    def add(self, fd: int, sink: Sink, drain_timeout: float, on_end: Callable[[], None]) -> PumpedTerminal:
-        """Move ``fd``'s bytes into ``sink`` until it ends; then call ``on_end``, which may close it."""
-        terminal = PumpedTerminal(fd, sink, on_end, drain_timeout)
+    def add(
+        self,
+        fd: int,
+        sink: Sink,
+        drain_timeout: float,
+        on_end: Callable[[], None],
+        on_failure: Callable[[Exception], None],
+    ) -> PumpedTerminal:
+        """Move ``fd``'s bytes into ``sink`` until it ends; then call ``on_end``, which may close it.
+
+        ``on_failure`` is called before that, if output is lost.
+        """
+        terminal = PumpedTerminal(fd, sink, on_end, on_failure, drain_timeout)
         self._order(lambda: self._add(terminal))
         return terminal
 
@@ -4036,7 +4055,10 @@ class TerminalPump:
             return
         if terminal.quiet_after is not None:
             terminal.quiet_after = time.monotonic() + terminal.drain_timeout
-        terminal.sink.put(Stream.STDOUT, data)
+        try:
+            terminal.sink.put(Stream.STDOUT, data)
+        except MemoryError as exc:
+            terminal.on_failure(exc)
 
     def _resume(self, terminal: PumpedTerminal) -> None:
         if terminal.paused:
@@ -4351,9 +4373,9 @@ class Flow:
     def _pass_on(self) -> Channel | None:
         """Queue in the channel, which is returned, what the window allows. Holds the lock."""
         channel = self._channel
-        if channel is None or self._first is None:
+        if channel is None or (self._first is None and not isinstance(self._last, Error)):
             return channel
-        while self._unsent:
+        while self._unsent and self._first is not None:  # else its start could not be told, and it has failed
             stream, data = self._unsent[0]
             if stream is not None:
                 allowed = self._consumed + self._window - self._sent
@@ -4914,7 +4936,8 @@ class Process:
         self.input.open(keyboard, self._exited, terminal=True)
         terminal.close_slave()
         drain_timeout = self._runtime.config.drain_timeout
-        pumped = self._runtime.terminals.add(terminal.master, self._sink, drain_timeout, self._output_ended)
+        terminals = self._runtime.terminals
+        pumped = terminals.add(terminal.master, self._sink, drain_timeout, self._output_ended, self.fail)
         with self._lock:
             self._pumped = pumped
             exited = self._code is not None
@@ -5461,6 +5484,21 @@ class AttachSession:
 
     def run(self) -> None:
         """Copy the log to the client until it ends or the client leaves, in a pool thread."""
+        try:
+            self._follow()
+        except MemoryError as exc:
+            log.error("attach ended: %s", explain_want(exc), extra=self.record.extra)
+            self._cursor.close()
+            error = Error(self.id, f"detached, since output is lost: {explain_want(exc)}", Reason.OUTPUT_LOST)
+            self.record.error(error.reason)
+            self.record.end(error=error)
+            self._finish(error)
+
+    def _finish(self, last: Exit | Error) -> None:
+        """Tell the client the last that there is to say."""
+        self.channel.send(last, lambda: self.host.forget(self))
+
+    def _follow(self) -> None:
         self.record.start(self._target.pid)
         log.info("attach started", extra=self.record.extra)
         while self.channel.wait_for_room() and (part := self._cursor.read()) is not None:
@@ -5472,7 +5510,7 @@ class AttachSession:
         code = self._code()
         self.record.end(code)
         if code is not None:
-            self.channel.send(Exit(self.id, code), lambda: self.host.forget(self))
+            self._finish(Exit(self.id, code))
         else:  # the client has left, and the main process goes on
             self.host.forget(self)
         log.info("attach ended%s", self.record.cause, extra=self.record.extra)
@@ -5641,7 +5679,10 @@ class FlowAttachSession(AttachSession):
         self.tie = Tie(request)
         self.tie.flow.connect(self.channel)
 
-    def run(self) -> None:
+    def _finish(self, last: Exit | Error) -> None:
+        self.tie.flow.finish(last)
+
+    def _follow(self) -> None:
         self.record.start(self._target.pid)
         log.info("attach started", extra=self.record.extra)
         flow = self.tie.flow
@@ -5656,7 +5697,7 @@ class FlowAttachSession(AttachSession):
         code = self._code()
         self.record.end(code)
         if code is not None:
-            flow.finish(Exit(self.id, code))
+            self._finish(Exit(self.id, code))
         log.info("attach ended%s", self.record.cause, extra=self.record.extra)
 
     def write(self, data: BytesLike) -> None:
@@ -7360,7 +7401,26 @@ class QueuedConnection(WebSocket):
         protocol.reader = FrameReader()
         protocol.parser = protocol.parse()
         next(protocol.parser)
-        super().__init__(stream, protocol, *args, **kwargs)
+        try:
+            super().__init__(stream, protocol, *args, **kwargs)
+        except Exception:  # the system refuses the receiver's thread: let go of what the library has opened for it
+            for name in ("shutdown_watcher", "shutdown_notifier"):
+                if (end := getattr(self, name, None)) is not None:
+                    end.close()
+            raise
+
+    def recv_events(self) -> None:
+        """The receiver, see receive_all()."""
+        try:
+            self.receive_all()
+        except (OSError, MemoryError) as exc:  # of the library's, before it could begin: no descriptor or memory
+            log.error("connection lost: %s", explain_want(exc), extra={"peer": self.who.name})
+            self.close_socket()
+            self.shutdown_watcher.close()
+
+    def receive_all(self) -> None:
+        """Receive until the connection ends."""
+        super().recv_events()
 
     def start_writer(self, pool: ThreadPool) -> None:
         """Send from a thread of ``pool`` from now on; call it right after the handshake.
@@ -8768,8 +8828,8 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
         if self.response is not None:  # handshake() has made it; where that is a refusal, it waits for the receiver
             self._answered.set()
 
-    def recv_events(self) -> None:
-        """The receiver: first what has been read before, then the socket.
+    def receive_all(self) -> None:
+        """Receive first what has been read before, then what comes.
 
         What follows the request waits for the answer to that: a pong or a close would overtake it.
         """
@@ -8778,7 +8838,7 @@ class ServerWebSocket(QueuedConnection, ServerConnection):
         self._answered.wait()
         if rest:
             self._feed(rest)
-        super().recv_events()
+        super().receive_all()
 
     def _feed(self, data: bytes) -> None:
         with self.protocol_mutex:

@@ -1518,10 +1518,10 @@ class _OutputStream(io.RawIOBase):
 class _InputStream(io.RawIOBase):
     """The writing end of a session's stdin. Any thread may write; a write blocks while the connection is busy."""
 
-    def __init__(self, conn: AgentConn, session_id: str) -> None:
+    def __init__(self, channel: Channel | _StdinSender, session_id: str) -> None:
         super().__init__()
         self._id = session_id
-        self._channel = conn.open_channel(session_id)
+        self._channel = channel
         self._ended = threading.Event()  # the session has ended: nobody reads any more
 
     def writable(self) -> bool:
@@ -1554,7 +1554,7 @@ class _ProcessReceiver:
 
     def __init__(self, conn: AgentConn, request: Opening) -> None:
         self.what = "the main process" if isinstance(request, Attach) else "the archive"
-        self.stdin = _InputStream(conn, request.id)
+        self.stdin = _InputStream(conn.open_channel(request.id), request.id)
         self.stdout = _OutputStream()
         self.stderr = _OutputStream()
         self.finished = threading.Event()
@@ -3214,13 +3214,20 @@ def _show_outage(lost: bool) -> None:
         os.write(2, f"{end if lost else ''}agent_client: {words}{end}".encode())
 
 
+def read_server_tls(options: argparse.Namespace, prefix: str = "") -> ServerTLS | None:
+    """What --tls-cert, --tls-key and --tls-client-ca ask for, all with ``prefix``. Raises ValueError."""
+    cert, key, client_ca = (getattr(options, f"{prefix}tls_{name}") for name in ("cert", "key", "client_ca"))
+    flag = f"--{prefix.replace('_', '-')}tls"
+    if not cert:
+        if key or client_ca:
+            raise ValueError(f"{flag}-{'key' if key else 'client-ca'} needs {flag}-cert")
+        return None
+    return ServerTLS(cert, key or "", client_ca or "")
+
+
 def _run_listen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     address = parse_address(options.addr)
-    tls = None
-    if options.tls_cert:
-        tls = ServerTLS(options.tls_cert, options.tls_key or "", options.tls_client_ca or "")
-    elif options.tls_key or options.tls_client_ca:
-        raise ClientError(f"--{'tls-key' if options.tls_key else 'tls-client-ca'} needs --tls-cert")
+    tls = read_server_tls(options)
     tokens: Tokens | None = None
     if options.token_file:
         tokens = Tokens(read_token_file(options.token_file), options.token_file)

@@ -95,6 +95,7 @@ from agent_client import (
     SessionError,
     encode_docker_frame,
     fetch_health,
+    read_server_tls,
 )
 
 log = logging.getLogger("sockerless.gateway")
@@ -112,6 +113,7 @@ REDIAL_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one again an
 POLL_INTERVAL = 2.0  # seconds between two questions whether the main process still runs
 ANSWER_TIMEOUT = 10.0  # seconds for an answer of an agent
 LINGER = 5.0  # seconds that a client has to close a hijacked connection after the end of its output
+GOODBYE_TIMEOUT = 60.0  # seconds that a client with TLS may take nothing at the end of the output
 HEAD_PATIENCE = 1.0  # seconds for a client to read the head of an answer before the first output is sent
 TCP_HEAD_PAUSE = 0.01  # the same where it cannot be seen
 KEPT_EXECS = 4096  # of which those that have ended, or never began, are forgotten first
@@ -1320,11 +1322,12 @@ class ClientStream(TLSStream):
         except ssl.SSLEOFError:
             raise ConnectionResetError(errno.ECONNRESET, "the client left without TLS's goodbye") from None
 
-    def _wait(self, event: int) -> None:
-        """Raises TimeoutError."""
+    def _wait(self, event: int, deadline: float | None = None) -> None:
+        """Raises TimeoutError after ``deadline``, or else that of the reading thread."""
+        deadline = deadline if deadline is not None else self._deadline
         poller = select.poll()
         poller.register(self._sock, event)
-        if not poller.poll(None if self._deadline is None else max(self._deadline - time.monotonic(), 0) * 1000):
+        if not poller.poll(None if deadline is None else max(deadline - time.monotonic(), 0) * 1000):
             raise TimeoutError
 
     def settimeout(self, timeout: float | None) -> None:
@@ -1332,14 +1335,16 @@ class ClientStream(TLSStream):
         self._deadline = None if timeout is None else time.monotonic() + timeout
 
     def shutdown(self, how: int) -> None:
-        """As the base class's, but SHUT_WR waits until the client has taken enough for the goodbye to be sent.
+        """As the base class's, but SHUT_WR waits until the client has taken enough for the goodbye to be sent. One
+        that takes nothing for GOODBYE_TIMEOUT seconds goes without.
 
         After that recv() waits for the client to leave, and throws away what it sends: OpenSSL takes data after our
         goodbye for an error, and to close with something unread would be a reset, which the client may see before
         the last output.
         """
-        while how == socket.SHUT_WR and not self._say_goodbye():
-            self._wait(select.POLLOUT)
+        with contextlib.suppress(TimeoutError):
+            while how == socket.SHUT_WR and not self._say_goodbye():
+                self._wait(select.POLLOUT, time.monotonic() + GOODBYE_TIMEOUT)
         socket.socket.shutdown(self._sock, how)
 
     def _say_goodbye(self) -> bool:
@@ -3178,17 +3183,6 @@ def parse_agents(texts: Sequence[str]) -> dict[str, str]:
     return agents
 
 
-def read_server_tls(options: argparse.Namespace, prefix: str = "") -> ServerTLS | None:
-    """What --tls-cert, --tls-key and --tls-client-ca ask for. Raises ValueError."""
-    cert, key, client_ca = (getattr(options, f"{prefix}tls_{name}") for name in ("cert", "key", "client_ca"))
-    flag = f"--{prefix.replace('_', '-')}tls"
-    if not cert:
-        if key or client_ca:
-            raise ValueError(f"{flag}-{'key' if key else 'client-ca'} needs {flag}-cert")
-        return None
-    return ServerTLS(cert, key or "", client_ca or "")
-
-
 def client_tls_of(addr: str, options: argparse.Namespace) -> ssl.SSLContext | None:
     """What an agent's address is dialled with: TLS as --ca, --cert and --key say, but where it says that there is none.
 
@@ -3229,7 +3223,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=ADDR[,...]",
-        help="an agent in server mode, at host:port, unix:/path, a ws:// or wss:// URL; may be repeated",
+        help="an agent in server mode, at host:port, unix:/path, or a ws://, wss:// or https:// URL; may be repeated",
     )
     parser.add_argument("--listen", metavar="ADDR", help="accept agents in reverse mode here, such as 127.0.0.1:8080")
     parser.add_argument(

@@ -77,7 +77,7 @@ def test_the_goodbye_waits_until_there_is_room_for_it(pair: Pair, monkeypatch: p
     """The connection is filled beneath TLS, so that nothing at all fits any more."""
     stream, client = pair
     waits, wait = threading.Event(), stream._wait
-    monkeypatch.setattr(stream, "_wait", lambda event: (waits.set(), wait(event)))
+    monkeypatch.setattr(stream, "_wait", lambda *words: (waits.set(), wait(*words)))
     filled = 0
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -87,6 +87,16 @@ def test_the_goodbye_waits_until_there_is_room_for_it(pair: Pair, monkeypatch: p
         while filled:
             filled -= len(socket.socket.recv(client, min(filled, 65536)))
         assert client.recv(100) == b""
+
+
+def test_who_takes_nothing_goes_without_a_goodbye(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, _ = pair
+    monkeypatch.setattr(gateway, "GOODBYE_TIMEOUT", 0.01)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            socket.socket.send(stream.socket, b"\0")
+    stream.shutdown(socket.SHUT_WR)
+    stream.close()
 
 
 def test_who_still_sends_when_the_gateway_says_goodbye_gets_the_last_output(pair: Pair) -> None:

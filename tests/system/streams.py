@@ -45,7 +45,8 @@ def numbered(step: int = 40, role: str = "session") -> list[str]:
     return [sys.executable, "-ISc", _NUMBERED, str(step), role]
 
 
-MAIN = ("--keep-alive", "--copy-output=false", "--", *numbered(role="main"))  # flags, for Streams to attach to
+# Flags, for Streams to attach to. Who is away for a minute is to miss nothing.
+MAIN = ("--replay-size", "16M", "--keep-alive", "--copy-output=false", "--", *numbered(role="main"))
 
 
 class Numbers:
@@ -310,12 +311,20 @@ class Streams:
         attach: whether it has a main process, which must be MAIN.
         lost: part of the names of those that the fault may end, with an error; "v1" for all of version 1.
         patience: seconds for which lost connections are made again.
+        margin: threads and descriptors that may be left.
     """
 
     def __init__(
-        self, url: str, pid: int, address: str = "", attach: bool = True, lost: str = "", patience: float = DEADLINE
+        self,
+        url: str,
+        pid: int,
+        address: str = "",
+        attach: bool = True,
+        lost: str = "",
+        patience: float = DEADLINE,
+        margin: int = 0,
     ) -> None:
-        self._pid, self._address, self._lost = pid, address, lost
+        self._pid, self._address, self._lost, self._margin = pid, address, lost, margin
         with AgentConn.dial(url, TOKEN) as conn:  # what the first session starts for good
             assert conn.run(["true"], tty=True).returncode == 0
         eventually(lambda: not self._sessions(), "the first session has gone")
@@ -391,7 +400,8 @@ class Streams:
         while True:
             now = usage(self._pid, self._address)
             sessions, before = self._sessions(), self._before
-            calm = now.threads <= before.threads and now.descriptors <= before.descriptors and not sessions
+            more = max(now.threads - before.threads, now.descriptors - before.descriptors)
+            calm = more <= self._margin and not sessions
             if calm and now.memory <= self._streaming.memory * MORE_MEMORY:
                 return
             assert time.monotonic() < deadline, f"left behind: {now} after {before}, {sessions} sessions"

@@ -216,6 +216,11 @@ def test_an_id_can_be_taken_once_at_a_time(start_agent: Callable[..., Agent]) ->
         second = client.exec(["true"], "same", detach=True)
         client.until(lambda: second.errors)
         assert second.errors[0]["reason"] == Reason.ID_TAKEN
+        descriptors = len(os.listdir(f"/proc/{agent.pid}/fd"))
+        for _ in range(20):
+            again = client.exec(["true"], "same", detach=True)
+            client.until(lambda again=again: again.errors)
+        assert len(os.listdir(f"/proc/{agent.pid}/fd")) <= descriptors
         other = client.exec(["echo", "its own"], "same")  # a session of this name is another thing
         client.until(lambda: other.exit)
         assert other.stdout == b"its own\n"
