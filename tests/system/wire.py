@@ -125,7 +125,12 @@ class Wire:
         return bytes(self._received[:count])
 
     def read(self) -> Message | None:
-        """The next frame; None at the end of the stream."""
+        """The next frame, but for the other side's own pings; None at the end of the stream."""
+        while (message := self._read()) == (PING, b""):
+            pass
+        return message
+
+    def _read(self) -> Message | None:
         head = self._need(2)
         if head is None:
             return None
@@ -157,7 +162,7 @@ class Wire:
             if message[0] == CLOSE:
                 code = int.from_bytes(message[1][:2], "big") if message[1] else 1005
                 self.end()  # who dialled waits for that, whoever was dialled has closed already
-            elif message != (PING, b""):
+            else:
                 messages.append(message)
         return messages, code
 
