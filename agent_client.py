@@ -2207,6 +2207,9 @@ class ReverseAgentConn(AgentConn):
 Callback = Callable[[ReverseAgentConn], None]
 
 
+LINK_LOST = "the agent's connection is lost, and may be made again\n"
+
+
 class ReverseListener:
     """Accepts agents in reverse mode, each known by ``id`` or ``session_id`` of its query.
 
@@ -2347,19 +2350,31 @@ class ReverseListener:
             if agent is None:
                 return connection.respond(http.HTTPStatus.NOT_FOUND, "no such agent is connected\n")
             if agent.current_link() is None:
-                text = "the agent's connection is lost, and may be made again\n"
-                return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, text)
+                return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, LINK_LOST)
         return None
 
     def _process_response(
         self, connection: ServerConnection, request: HTTPRequest, response: HTTPResponse
     ) -> HTTPResponse | None:
-        """Tell a client which agent it is, as the agent itself would."""
+        """Tell a client which agent it is, as the agent itself would.
+
+        The agent may have been lost, or have come back, since the request was looked at. A client that was not told
+        which agent it has, or does not get the version that it had, would give its sessions up: it is to come again.
+        """
         client_of = _client_path(request.path.partition("?")[0])
-        agent = self.get(client_of) if client_of is not None else None
+        if client_of is None or response.status_code != http.HTTPStatus.SWITCHING_PROTOCOLS:
+            return None
+        agent = self.get(client_of)
         link = agent.current_link() if agent is not None else None
-        if link is not None:
-            response.headers[INSTANCE_HEADER] = _instance(link)
+        offered = request.headers.get_all("Sec-WebSocket-Protocol")
+        wants_version_2 = any(SUBPROTOCOL in map(str.strip, value.split(",")) for value in offered)
+        if (
+            agent is None
+            or link is None
+            or (wants_version_2 and agent.version == 2) != (connection.subprotocol == SUBPROTOCOL)
+        ):
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, LINK_LOST)
+        response.headers[INSTANCE_HEADER] = _instance(link)
         return None
 
     def _speaks_version_2(self, connection: ServerConnection) -> bool:

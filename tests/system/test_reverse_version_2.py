@@ -185,6 +185,29 @@ def test_a_client_behind_the_listener_goes_on_after_a_cut(setting: Setting, whic
         eventually(lambda: [entry["kind"] for entry in client.sessions()] == ["main"], "nothing is left")
 
 
+def test_an_agent_that_is_lost_during_a_clients_handshake_costs_the_client_nothing(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, asked = ReverseAgentConn.current_link, []
+
+    def lost_for_a_moment(conn: ReverseAgentConn) -> Any:
+        asked.append(conn)
+        return None if len(asked) == 2 else really(conn)  # the first time is for the request, then for the response
+
+    with setting.dial() as client:
+        echoing = client.popen(["cat"])
+        echoing.stdin.write(b"before\n")
+        echoing.stdin.flush()
+        assert echoing.stdout.readline() == b"before\n"
+        monkeypatch.setattr(ReverseAgentConn, "current_link", lost_for_a_moment)
+        setting.client_link.cut()
+        echoing.stdin.write(b"after\n")
+        echoing.stdin.close()
+        assert echoing.stdout.read() == b"after\n"
+        assert echoing.wait(DEADLINE) == 0
+        assert len(asked) > 2
+
+
 def test_many_clients_share_an_agent(setting: Setting) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(setting.dial()) for _ in range(8)]
