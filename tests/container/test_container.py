@@ -254,7 +254,9 @@ def test_where_no_process_is_left_to_be_had_it_says_so_and_lives(python_image: s
                 except SessionError as exc:
                     errors.append(str(exc))
         assert errors
-        assert all(re.search(r"cannot start.*(temporarily unavailable|new thread)", error) for error in errors), errors
+        assert all(
+            re.search(r"cannot start.*(the limit of processes is reached|new thread)", error) for error in errors
+        ), errors
         for process in processes:
             process.kill()
         eventually(lambda: all(process.receiver.finished.is_set() for process in processes), "the end of all")
