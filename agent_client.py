@@ -296,10 +296,12 @@ class DockerStreamDecoder:
 _pool = ThreadPool()
 
 
-@functools.cache
+_heartbeats: dict[tuple[float, float], Heartbeat] = {}
+
+
 def _heartbeat(interval: float = PING_INTERVAL, timeout: float = PING_TIMEOUT) -> Heartbeat:
     """The one thread that pings all connections with these times, in seconds."""
-    return Heartbeat(interval, timeout)
+    return _heartbeats.setdefault((interval, timeout), Heartbeat(interval, timeout))
 
 
 class SessionReceiver(Protocol):
@@ -1106,15 +1108,23 @@ class AgentConn:
             thread.join()
             try:
                 connection = self._redial()
+                if (2 if connection.subprotocol == SUBPROTOCOL else 1) != self.version:
+                    connection.close()
+                    raise ConnectionLost(f"{self._lost}; the agent speaks another version of the protocol now")
+                self._attend(connection)
             except ConnectFailed as exc:
                 raise ConnectionLost(f"{self._lost}; it cannot be made again: {exc}") from exc
-            if (2 if connection.subprotocol == SUBPROTOCOL else 1) != self.version:
-                connection.close()
-                raise ConnectionLost(f"{self._lost}; the agent speaks another version of the protocol now")
-            connection.start_writer(_pool)
-            self._heartbeat.add(connection)
             with self._lock:
                 self._connection = connection
+                self._pause = self._until = 0.0  # if this one is lost, that has its own time
+                self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
+                try:
+                    self._thread.start()  # it waits for the lock before it does anything but receive
+                except RuntimeError as exc:
+                    self._thread = thread
+                    self._heartbeat.remove(connection)
+                    connection.close_socket()
+                    raise ConnectionLost(f"{self._lost}; it cannot be made again: {exc}") from exc
                 self._connections += 1
                 self._held.clear()
                 self._lost, self._over, self._online = None, False, True
@@ -1122,8 +1132,6 @@ class AgentConn:
                 closing = self._closing.is_set()
                 for farewell in self._farewells:
                     connection.outbox.send(farewell)
-                self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
-                self._thread.start()
             if closing:  # close() knew of the one before only
                 connection.close()
 
@@ -1171,23 +1179,35 @@ class AgentConn:
             self._pause = min(max(self._pause * 2, REDIAL_FIRST), REDIAL_LAST)
             try:
                 connection = self._redial()
+                if connection.subprotocol != SUBPROTOCOL:
+                    connection.close()
+                    return False
+                self._attend(connection)
             except Unauthorized:
                 return False
             except ConnectFailed as exc:
                 log.debug("not connected again yet: %s", exc)
                 continue
-            if connection.subprotocol != SUBPROTOCOL:
-                connection.close()
-                return False
             self._take_over(connection)
             if self.on_outage is not None:
                 self.on_outage(False)
             return True
         return False
 
+    def _attend(self, connection: QueuedConnection) -> None:
+        """Start what a new connection needs beside its receiver.
+
+        Raises:
+            ConnectFailed: if the system refuses a thread; it is closed then.
+        """
+        try:
+            connection.start_writer(_pool)
+            self._heartbeat.add(connection)
+        except RuntimeError as exc:
+            connection.close_socket()
+            raise ConnectFailed(str(exc)) from exc
+
     def _take_over(self, connection: QueuedConnection) -> None:
-        connection.start_writer(_pool)
-        self._heartbeat.add(connection)
         gone = []
         with self._lock:
             same_agent = _instance(connection) == _instance(self._connection)
@@ -1390,8 +1410,8 @@ def _dial(addr: str, token: str | None, timeout: float, tls: ssl.SSLContext | No
         raise ConnectFailed(f"{addr}: answered with HTTP status {status}{said and ': '}{said}") from None
     except TimeoutError:
         raise ConnectFailed(f"{addr}: no answer within {timeout:g} s") from None
-    # ImportError: a SOCKS proxy, which needs a package that is not here.
-    except (OSError, EOFError, WebSocketException, ImportError) as exc:
+    # RuntimeError: no thread left; ImportError: a SOCKS proxy, which needs a package that is not here.
+    except (OSError, EOFError, WebSocketException, RuntimeError, ImportError) as exc:
         raise ConnectFailed(f"{addr}: {_reason(exc)}") from exc
     assert isinstance(connection, DialledWebSocket)
     return connection
