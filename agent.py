@@ -1822,7 +1822,7 @@ class LogHandler(logging.Handler):
                 if not self._rest:
                     records, dropped, why = list(self._records), self._dropped, self._why
                     self._records.clear()
-                    self._dropped = 0
+                    self._dropped, self._why = 0, ""
             if records:
                 lines = [self.format(record) for record in records]
                 if dropped:
