@@ -3674,6 +3674,7 @@ class Input:
         self._dead = False  # the child is gone: whatever comes is dropped, as in a broken pipe
         self._writing = False  # a pool thread has the queue
         self._refused = False  # it could not have one, and that was said; whoever starts the writer sets it
+        self._retrying = False  # the pool will call _write_rest(), once for all that comes before
 
     def open(self, fd: int, exited: Wakeup, terminal: bool = False) -> None:
         """Start to write to ``fd``, a non-blocking descriptor that now belongs to this object."""
@@ -3776,13 +3777,17 @@ class Input:
             if not self._refused:
                 log.error("stdin: no thread to write %d bytes, trying again: %s", self._queued, exc, extra=self.extra)
             self._refused = True
-            self._pool.retry_later(self._write_rest)
+            with self._lock:
+                retrying, self._retrying = self._retrying, True
+            if not retrying:
+                self._pool.retry_later(self._write_rest)
         else:
             self._refused = False
 
     def _write_rest(self) -> None:
         """Write what waits, with another try to have a thread for what the child does not take at once."""
         with self._lock:
+            self._retrying = False
             if not self._writing:
                 self._write_some()
             start = self._claim_writer()
