@@ -9286,16 +9286,20 @@ class Doorway:
         self._begin_step(guest)
 
     def _begin_step(self, guest: Guest) -> None:
-        """Give a guest a thread. The caller has counted the step."""
-        try:
-            self._pool.submit(self._step, guest)
-        except RuntimeError as exc:
-            log.error("cannot serve a connection: %s", exc, extra={"peer": who_is(guest.socket).name})
-            guest.refuse(refuse_for_want(exc))
-            if self._tls is not None:  # nothing can be said where nothing is encrypted yet
-                guest.answer.clear()
-            self._return(guest)
-            self._end_step()
+        """Give a guest a thread; where none is to be had, those that wait, too, cannot be served. The caller has
+        counted the step."""
+        waiting: Guest | None = guest
+        while waiting is not None:
+            try:
+                self._pool.submit(self._step, waiting)
+                return
+            except RuntimeError as exc:
+                log.error("cannot serve a connection: %s", exc, extra={"peer": who_is(waiting.socket).name})
+                waiting.refuse(refuse_for_want(exc))
+                if self._tls is not None:  # nothing can be said where nothing is encrypted yet
+                    waiting.answer.clear()
+                self._return(waiting)
+            waiting = self._take_ready()
 
     def _return(self, guest: Guest) -> None:
         """Give a guest back to the acceptor."""
@@ -9304,12 +9308,17 @@ class Doorway:
         os.eventfd_write(self._wakeup, 1)
 
     def _end_step(self) -> None:
+        guest = self._take_ready()
+        if guest is not None:
+            self._begin_step(guest)
+
+    def _take_ready(self) -> Guest | None:
+        """Who is next, in the place of a step that is over; without anybody that is free."""
         with self._lock:
-            if not self._ready:
-                self._steps -= 1
-                return
-            guest = self._ready.popleft()
-        self._begin_step(guest)
+            if self._ready:
+                return self._ready.popleft()
+            self._steps -= 1
+            return None
 
     def _step(self, guest: Guest) -> None:
         let_in = False
