@@ -3443,7 +3443,7 @@ class ThreadPool:
         """Take threads that wait for run(), so that what needs them cannot fail half-way.
 
         Raises:
-            RuntimeError: if the system refuses another thread.
+            RuntimeError: if the system refuses another thread, or the memory for it.
         """
         with self._lock:
             taken = [self._idle.popitem()[0] for _ in range(min(count, len(self._idle)))]
@@ -3452,8 +3452,10 @@ class ThreadPool:
                 taken.append(_PoolThread(self))
                 with self._lock:
                     self._count += 1
-        except Exception:  # MemoryError, too
+        except Exception as exc:
             self.release(taken)
+            if isinstance(exc, MemoryError):  # which is the same to whoever needs a thread
+                raise RuntimeError("out of memory") from exc
             raise
         return taken
 
