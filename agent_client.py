@@ -561,10 +561,9 @@ class AgentConn:
         self._lost: ConnectionLost | None = None
         self.lifetime_expired = threading.Event()
         """Set when the agent has said that its platform is about to end it."""
-        connection.start_writer(_pool)
-        self._heartbeat.add(connection)
+        self._attend(connection)
         self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
-        self._thread.start()
+        self._start_receiving()
 
     @classmethod
     def dial(
@@ -1119,11 +1118,9 @@ class AgentConn:
                 self._pause = self._until = 0.0  # if this one is lost, that has its own time
                 self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
                 try:
-                    self._thread.start()  # it waits for the lock before it does anything but receive
-                except RuntimeError as exc:
+                    self._start_receiving()  # it waits for the lock before it does anything but receive
+                except ConnectFailed as exc:
                     self._thread = thread
-                    self._heartbeat.remove(connection)
-                    connection.close_socket()
                     raise ConnectionLost(f"{self._lost}; it cannot be made again: {exc}") from exc
                 self._connections += 1
                 self._held.clear()
@@ -1205,6 +1202,15 @@ class AgentConn:
             self._heartbeat.add(connection)
         except RuntimeError as exc:
             connection.close_socket()
+            raise ConnectFailed(str(exc)) from exc
+
+    def _start_receiving(self) -> None:
+        """Start the receiving thread; raises ConnectFailed as _attend() does."""
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            self._heartbeat.remove(self._connection)
+            self._connection.close_socket()
             raise ConnectFailed(str(exc)) from exc
 
     def _take_over(self, connection: QueuedConnection) -> None:
@@ -2553,14 +2559,14 @@ class _ClientServer:
         """Relay until the client leaves."""
         self._client.start_writer(_pool)
         _heartbeat().add(self._client)
-        # The client must not wait for an agent that has gone.
-        _pool.submit(self._follow_agent)
         expired = self._tell_expired
         with self._conn._lock:
             self._conn._followers.add(expired)
         if self._conn.lifetime_expired.is_set():
             expired()
         try:
+            # The client must not wait for an agent that has gone.
+            _pool.submit(self._follow_agent)
             for message in self._client:
                 self._relay(message)
         except ConnectionClosed as exc:

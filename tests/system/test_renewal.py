@@ -18,7 +18,7 @@ from test_resume_networks import dial_within
 
 import agent_client
 from agent import ThreadPool
-from agent_client import AgentConn, ConnectionLost
+from agent_client import AgentConn, ConnectFailed, ConnectionLost
 
 
 @pytest.fixture
@@ -212,3 +212,17 @@ def test_a_start_that_gets_no_thread_for_a_connection_says_so(conn: AgentConn, p
         with pytest.raises(ConnectionLost, match=r"it cannot be made again: .*can't start new thread"):
             echo(conn)
     assert echo(conn) == "hi\n"
+
+
+@pytest.mark.parametrize("function", ["recv_events", "_receive", "_loop"])
+def test_a_first_connection_that_gets_no_thread_is_an_error_and_leaves_nothing_open(
+    box: RunningAgent, function: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if function == "_loop":
+            patch.setattr(agent_client, "_pool", ThreadPool())
+        refuse_threads(patch, function)
+        with pytest.raises(ConnectFailed, match="can't start new thread"):
+            AgentConn.dial(box.addr, TOKEN)
+    if function != "recv_events":  # else the agent was not asked for anything yet
+        box.wait_for_log("connection (closed|lost)")
