@@ -58,6 +58,7 @@ from websockets.http11 import Response as HTTPResponse
 
 from agent import (
     HEAD_LIMIT,
+    RETRY_PAUSE,
     Address,
     Attach,
     CloseStdin,
@@ -1182,8 +1183,8 @@ class HangupWatcher:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._lock = threading.Lock()  # guards _callbacks, and registration with it
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._lock = threading.Lock()  # guards _watched, and registration with it
+        self._watched: dict[int, tuple[Callable[[], None], int]] = {}  # what to call, and epoll's events
         threading.Thread(target=self._run, name="hang-ups", daemon=True).start()
 
     @contextlib.contextmanager
@@ -1197,25 +1198,33 @@ class HangupWatcher:
                 hijacked connection that is the end of stdin only.
         """
         fd = sock.fileno()
+        events = select.EPOLLONESHOT | (select.EPOLLRDHUP if half_close else 0)
         with self._lock:
-            self._callbacks[fd] = callback
-            self._epoll.register(fd, select.EPOLLONESHOT | (select.EPOLLRDHUP if half_close else 0))
+            self._watched[fd] = callback, events
+            self._epoll.register(fd, events)
         try:
             yield
         finally:
             with self._lock:
-                del self._callbacks[fd]
+                del self._watched[fd]
                 self._epoll.unregister(fd)
 
     def _run(self) -> None:
         while True:
             for fd, _ in self._epoll.poll():
                 with self._lock:
-                    callback = self._callbacks.get(fd)
+                    watched = self._watched.get(fd)
                     # An event that was fetched before another connection got this number says nothing about it.
-                    if callback is None or not has_hung_up(fd):
+                    if watched is None or not has_hung_up(fd):
                         continue
-                pool.submit(callback)
+                try:
+                    pool.submit(watched[0])
+                except RuntimeError as exc:
+                    log.error("no thread to see to a client that has gone, trying again: %s", exc)
+                    time.sleep(RETRY_PAUSE)
+                    with self._lock:
+                        if self._watched.get(fd) is watched:
+                            self._epoll.modify(fd, watched[1])  # which says so again
 
 
 def has_hung_up(fd: int) -> bool:
