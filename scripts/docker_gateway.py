@@ -1904,8 +1904,8 @@ class Bridge:
     def run(self, output: Iterable[tuple[Stream, bytes]] | None = None) -> None:
         """Carry bytes until the session ends, or ``output`` if given, or the client leaves."""
         with self._call.handler.server.watcher.watch(self._sock, self._gone, half_close=False):
-            pool.submit(self._receive)
             try:
+                self._start_receiving()
                 for stream, data in output if output is not None else self._session.queue:
                     if stream in self._streams:
                         self._transmit(stream, data)
@@ -1915,6 +1915,15 @@ class Bridge:
                 self._gone()
             finally:
                 self._finish()
+
+    def _start_receiving(self) -> None:
+        try:
+            pool.submit(self._receive)
+        except RuntimeError as exc:  # and nobody would notice that the client leaves: as if it had
+            log.error("no thread for what a client sends: %s", exc)
+            self._received.set()
+            self._gone()
+            self._transmit(Stream.STDOUT, f"the gateway cannot serve more: {exc}\r\n".encode())
 
     def _transmit(self, stream: Stream, data: bytes) -> None:
         if not self._head_was_read:

@@ -14,7 +14,7 @@ import pytest
 from certificates import Authority
 from support import DEADLINE, eventually
 
-from agent import ServerTLS, ThreadPool, TLSStream, make_client_tls
+from agent import ServerTLS, TLSStream, make_client_tls
 
 Pair = tuple[gateway.ClientStream, ssl.SSLSocket]
 
@@ -137,27 +137,3 @@ def test_an_incoming_that_is_paused_gives_what_was_read_and_waits_for_nothing(pa
     incoming = gateway.Incoming(stream, b"early")
     incoming.paused = True
     assert (incoming.read(3), incoming.read(3), incoming.read(3)) == (b"ear", b"ly", None)
-
-
-def test_a_client_that_leaves_while_there_is_no_thread_is_noticed_once_there_is_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    refused = []
-
-    class FullPool(ThreadPool):
-        """The system's limit of threads is reached for a while, and that is not for a test to reach."""
-
-        def submit(self, job: Callable[..., None], *args: object) -> None:
-            if len(refused) < 3:
-                refused.append(job)
-                raise RuntimeError("can't start new thread")
-            super().submit(job, *args)
-
-    monkeypatch.setattr(gateway, "pool", FullPool())
-    watcher = gateway.HangupWatcher()
-    gone = threading.Event()
-    near, far = socket.socketpair()
-    with near, far, watcher.watch(far, gone.set, half_close=False):
-        near.close()
-        assert gone.wait(DEADLINE)
-    assert len(refused) == 3
