@@ -531,11 +531,15 @@ class AgentConn:
         self._patience = patience
         self._heartbeat = _heartbeat(ping_interval, ping_timeout)
         self._renewing = threading.Lock()  # held while a connection that was lost is made again, see _renew()
+        self._renewals_failed = 0  # how often that has failed, and why the last time; changed with it held
+        self._renewal_fault = ""
         self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
         self._redial = redial
         self._closing = threading.Event()
         self.on_outage: Callable[[bool], None] | None = None
-        """Called with True when the connection is lost and is to be made again, with False when it is."""
+        """Called with True when the connection is lost and is to be made again, with False when it is, be it by a
+        start after that was given up."""
+        self._outage = False  # what it was called with last; the receiving thread's
         self.on_health: Callable[[dict[str, Any]], None] | None = None
         """Called when the health check's verdict changes, with what health() returns. Like on_outage, it is
         called from the receiving thread, and must not block."""
@@ -1095,45 +1099,56 @@ class AgentConn:
         Raises:
             ConnectionLost: if that fails.
         """
-        thread = self._thread
         if not self._over or not self._renewable or self._redial is None or not self._patience:
             return
-        if threading.current_thread() is thread:  # in a callback, which tells of the loss
+        if threading.current_thread() is self._thread:  # in a callback, which tells of the loss
             return
+        failures = self._renewals_failed
         with self._renewing:
-            thread = self._thread
             if not self._over or self._closing.is_set():  # another caller was faster
                 return
-            thread.join()
+            if self._renewals_failed != failures:  # and failed: who has waited for that need not wait as long again
+                raise ConnectionLost(self._renewal_fault)
             try:
-                connection = self._redial()
-                if (2 if connection.subprotocol == SUBPROTOCOL else 1) != self.version:
-                    connection.close()
-                    raise ConnectionLost(f"{self._lost}; the agent speaks another version of the protocol now")
-                self._attend(connection)
+                self._renew_now()
             except ConnectFailed as exc:
-                raise ConnectionLost(f"{self._lost}; it cannot be made again: {exc}") from exc
-            with self._lock:
-                self._connection = connection
-                self._pause = self._until = 0.0  # if this one is lost, that has its own time
-                self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
-                try:
-                    self._start_receiving()  # it waits for the lock before it does anything but receive
-                except ConnectFailed as exc:
-                    self._thread = thread
-                    raise ConnectionLost(f"{self._lost}; it cannot be made again: {exc}") from exc
-                self._connections += 1
-                self._held.clear()
-                self._lost, self._over, self._online = None, False, True
-                self.lifetime_expired.clear()  # the agent says so again
-                closing = self._closing.is_set()
-                for farewell in self._farewells:
-                    connection.outbox.send(farewell)
-            if closing:  # close() knew of the one before only
-                connection.close()
+                self._renewals_failed += 1
+                self._renewal_fault = f"{self._lost}; it cannot be made again: {exc}"
+                raise ConnectionLost(self._renewal_fault) from exc
+
+    def _renew_now(self) -> None:
+        """See _renew(). Raises ConnectFailed."""
+        assert self._redial is not None
+        before = self._thread
+        before.join()
+        connection = self._redial()
+        if (2 if connection.subprotocol == SUBPROTOCOL else 1) != self.version:
+            connection.close()
+            raise ConnectFailed("the agent speaks another version of the protocol now")
+        self._attend(connection)
+        with self._lock:
+            self._connection = connection
+            self._pause = self._until = 0.0  # if this one is lost, that has its own time
+            self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
+            try:
+                self._start_receiving()  # it waits for the lock before it does anything but receive
+            except ConnectFailed:
+                self._thread = before
+                raise
+            self._connections += 1
+            self._held.clear()
+            self._lost, self._over, self._online = None, False, True
+            self.lifetime_expired.clear()  # the agent says so again
+            closing = self._closing.is_set()
+            for farewell in self._farewells:
+                connection.outbox.send(farewell)
+        if closing:  # close() knew of the one before only
+            connection.close()
 
     def _receive(self) -> None:
         """Hand events to their sessions until the connection ends, and is not to be had again."""
+        if self._outage:  # it was given up, see _renew()
+            self._tell_outage(False)
         why = self._receive_until_lost()
         self._link_lost()
         while self._make_again():
@@ -1168,8 +1183,7 @@ class AgentConn:
             senders = list(self._senders.values())
         for sender in senders:
             sender.disconnect()
-        if self.on_outage is not None:
-            self.on_outage(True)
+        self._tell_outage(True)
         self._until = self._until or time.monotonic() + self._patience
         while time.monotonic() < self._until and not self._closing.wait(self._pause):
             # Zero again as soon as a connection brings something: one that always breaks off is given up, too.
@@ -1186,10 +1200,14 @@ class AgentConn:
                 log.debug("not connected again yet: %s", exc)
                 continue
             self._take_over(connection)
-            if self.on_outage is not None:
-                self.on_outage(False)
+            self._tell_outage(False)
             return True
         return False
+
+    def _tell_outage(self, lost: bool) -> None:
+        self._outage = lost
+        if self.on_outage is not None:
+            self.on_outage(lost)
 
     def _attend(self, connection: QueuedConnection) -> None:
         """Start what a new connection needs beside its receiver.

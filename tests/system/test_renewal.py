@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import pytest
 from lossy import LossyLink
@@ -226,3 +229,56 @@ def test_a_first_connection_that_gets_no_thread_is_an_error_and_leaves_nothing_o
             AgentConn.dial(box.addr, TOKEN)
     if function != "recv_events":  # else the agent was not asked for anything yet
         box.wait_for_log("connection (closed|lost)")
+
+
+@pytest.mark.parametrize("conn", [2], indirect=True)
+def test_who_hears_of_an_outage_hears_of_its_end_even_if_a_start_has_ended_it(conn: AgentConn, proxy: Proxy) -> None:
+    told: list[bool] = []
+    conn.on_outage = told.append
+    conn._patience = 0.2
+    process = conn.popen(["cat"])
+    proxy.refusing = True
+    proxy.cut()
+    with pytest.raises(ConnectionLost):
+        process.wait(DEADLINE)
+    assert told == [True]
+    proxy.refusing = False
+    assert echo(conn) == "hi\n"
+    assert told == [True, False]
+
+
+def test_many_starts_at_once_fail_with_one_try(conn: AgentConn, proxy: Proxy) -> None:
+    """Each would take as long as the handshake may, one after the other."""
+    lose(conn, proxy)
+    tries: list[str] = []
+    failing = threading.Event()
+    redial = conn._redial
+
+    def fail() -> NoReturn:
+        tries.append("one")
+        assert failing.wait(DEADLINE)
+        raise ConnectFailed("no answer")
+
+    def waiting() -> bool:
+        """Whether all have seen how many tries failed before."""
+        return sum(is_renewing(frame) for frame in sys._current_frames().values()) == 20
+
+    conn._redial = fail
+    with ThreadPoolExecutor(20) as executor:
+        starts = [executor.submit(echo, conn) for _ in range(20)]
+        eventually(waiting, "20 starts that wait")
+        failing.set()
+        for start in starts:
+            with pytest.raises(ConnectionLost, match=r"it cannot be made again: no answer"):
+                start.result(DEADLINE)
+    assert tries == ["one"]
+    conn._redial = redial
+    assert echo(conn) == "hi\n"
+
+
+def is_renewing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "_renew" and "failures" in frame.f_locals:
+            return True
+        frame = frame.f_back
+    return False
