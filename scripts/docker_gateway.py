@@ -3351,13 +3351,13 @@ def run(options: argparse.Namespace) -> None:
 
 def reload(sources: Sequence[ServerTLS]) -> None:
     """Read certificates again, for new connections."""
-    try:
-        for source in sources:
+    for source in sources:
+        try:
             source.reload()
-    except ValueError as exc:
-        log.error("what was read before stays in use: %s", exc)
-    else:
-        log.info("TLS: new connections get the certificates that were read now")
+        except ValueError as exc:
+            log.error("what was read before stays in use: %s", exc)
+        else:
+            log.info("TLS: new connections get the certificates that were read now")
 
 
 class LogFormatter(logging.Formatter):
