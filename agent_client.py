@@ -503,8 +503,8 @@ class AgentConn:
     With version 2 of the protocol a connection that is lost costs no session: it
     is made again, for RESUME_PATIENCE seconds at most, and all of them go on. One
     that is lost while nothing runs on it, or with version 1, is made again by whatever
-    is started next: one try, whose failure is that start's. What was started
-    is never started a second time.
+    is started next: one try, whose failure is that start's, and that of all that wait
+    for it. What was started is never started a second time.
 
     Attributes:
         version: of the protocol that the agent speaks here: 2, or 1 for an agent that knows no other.
