@@ -1822,7 +1822,7 @@ class LogHandler(logging.Handler):
                 if not self._rest:
                     records, dropped, why = list(self._records), self._dropped, self._why
                     self._records.clear()
-                    self._dropped = 0
+                    self._dropped, self._why = 0, ""
             if records:
                 lines = [self.format(record) for record in records]
                 if dropped:
@@ -3443,7 +3443,7 @@ class ThreadPool:
         """Take threads that wait for run(), so that what needs them cannot fail half-way.
 
         Raises:
-            RuntimeError: if the system refuses another thread.
+            RuntimeError: if the system refuses another thread, or the memory for it.
         """
         with self._lock:
             taken = [self._idle.popitem()[0] for _ in range(min(count, len(self._idle)))]
@@ -3452,8 +3452,10 @@ class ThreadPool:
                 taken.append(_PoolThread(self))
                 with self._lock:
                     self._count += 1
-        except Exception:  # MemoryError, too
+        except Exception as exc:
             self.release(taken)
+            if isinstance(exc, MemoryError):  # which is the same to whoever needs a thread
+                raise RuntimeError("out of memory") from exc
             raise
         return taken
 
@@ -3674,6 +3676,7 @@ class Input:
         self._dead = False  # the child is gone: whatever comes is dropped, as in a broken pipe
         self._writing = False  # a pool thread has the queue
         self._refused = False  # it could not have one, and that was said; whoever starts the writer sets it
+        self._retrying = False  # the pool will call _write_rest(), once for all that comes before
 
     def open(self, fd: int, exited: Wakeup, terminal: bool = False) -> None:
         """Start to write to ``fd``, a non-blocking descriptor that now belongs to this object."""
@@ -3776,13 +3779,17 @@ class Input:
             if not self._refused:
                 log.error("stdin: no thread to write %d bytes, trying again: %s", self._queued, exc, extra=self.extra)
             self._refused = True
-            self._pool.retry_later(self._write_rest)
+            with self._lock:
+                retrying, self._retrying = self._retrying, True
+            if not retrying:
+                self._pool.retry_later(self._write_rest)
         else:
             self._refused = False
 
     def _write_rest(self) -> None:
         """Write what waits, with another try to have a thread for what the child does not take at once."""
         with self._lock:
+            self._retrying = False
             if not self._writing:
                 self._write_some()
             start = self._claim_writer()
@@ -9281,16 +9288,20 @@ class Doorway:
         self._begin_step(guest)
 
     def _begin_step(self, guest: Guest) -> None:
-        """Give a guest a thread. The caller has counted the step."""
-        try:
-            self._pool.submit(self._step, guest)
-        except RuntimeError as exc:
-            log.error("cannot serve a connection: %s", exc, extra={"peer": who_is(guest.socket).name})
-            guest.refuse(refuse_for_want(exc))
-            if self._tls is not None:  # nothing can be said where nothing is encrypted yet
-                guest.answer.clear()
-            self._return(guest)
-            self._end_step()
+        """Give a guest a thread; where none is to be had, those that wait, too, cannot be served. The caller has
+        counted the step."""
+        waiting: Guest | None = guest
+        while waiting is not None:
+            try:
+                self._pool.submit(self._step, waiting)
+                return
+            except RuntimeError as exc:
+                log.error("cannot serve a connection: %s", exc, extra={"peer": who_is(waiting.socket).name})
+                waiting.refuse(refuse_for_want(exc))
+                if self._tls is not None:  # nothing can be said where nothing is encrypted yet
+                    waiting.answer.clear()
+                self._return(waiting)
+            waiting = self._take_ready()
 
     def _return(self, guest: Guest) -> None:
         """Give a guest back to the acceptor."""
@@ -9299,12 +9310,17 @@ class Doorway:
         os.eventfd_write(self._wakeup, 1)
 
     def _end_step(self) -> None:
+        guest = self._take_ready()
+        if guest is not None:
+            self._begin_step(guest)
+
+    def _take_ready(self) -> Guest | None:
+        """Who is next, in the place of a step that is over; without anybody that is free."""
         with self._lock:
-            if not self._ready:
-                self._steps -= 1
-                return
-            guest = self._ready.popleft()
-        self._begin_step(guest)
+            if self._ready:
+                return self._ready.popleft()
+            self._steps -= 1
+            return None
 
     def _step(self, guest: Guest) -> None:
         let_in = False

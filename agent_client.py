@@ -296,10 +296,12 @@ class DockerStreamDecoder:
 _pool = ThreadPool()
 
 
-@functools.cache
+_heartbeats: dict[tuple[float, float], Heartbeat] = {}
+
+
 def _heartbeat(interval: float = PING_INTERVAL, timeout: float = PING_TIMEOUT) -> Heartbeat:
     """The one thread that pings all connections with these times, in seconds."""
-    return Heartbeat(interval, timeout)
+    return _heartbeats.setdefault((interval, timeout), Heartbeat(interval, timeout))
 
 
 class SessionReceiver(Protocol):
@@ -501,8 +503,8 @@ class AgentConn:
     With version 2 of the protocol a connection that is lost costs no session: it
     is made again, for RESUME_PATIENCE seconds at most, and all of them go on. One
     that is lost while nothing runs on it, or with version 1, is made again by whatever
-    is started next: one try, whose failure is that start's. What was started
-    is never started a second time.
+    is started next: one try, whose failure is that start's, and that of all that wait
+    for it. What was started is never started a second time.
 
     Attributes:
         version: of the protocol that the agent speaks here: 2, or 1 for an agent that knows no other.
@@ -529,11 +531,15 @@ class AgentConn:
         self._patience = patience
         self._heartbeat = _heartbeat(ping_interval, ping_timeout)
         self._renewing = threading.Lock()  # held while a connection that was lost is made again, see _renew()
+        self._renewals_failed = 0  # how often that has failed, and why the last time; changed with it held
+        self._renewal_fault = ""
         self.version = 2 if connection.subprotocol == SUBPROTOCOL else 1
         self._redial = redial
         self._closing = threading.Event()
         self.on_outage: Callable[[bool], None] | None = None
-        """Called with True when the connection is lost and is to be made again, with False when it is."""
+        """Called with True when the connection is lost and is to be made again, with False when it is, be it by a
+        start after that was given up."""
+        self._outage = False  # what it was called with last; the receiving thread's
         self.on_health: Callable[[dict[str, Any]], None] | None = None
         """Called when the health check's verdict changes, with what health() returns. Like on_outage, it is
         called from the receiving thread, and must not block."""
@@ -559,10 +565,9 @@ class AgentConn:
         self._lost: ConnectionLost | None = None
         self.lifetime_expired = threading.Event()
         """Set when the agent has said that its platform is about to end it."""
-        connection.start_writer(_pool)
-        self._heartbeat.add(connection)
+        self._attend(connection)
         self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
-        self._thread.start()
+        self._start_receiving()
 
     @classmethod
     def dial(
@@ -1094,41 +1099,56 @@ class AgentConn:
         Raises:
             ConnectionLost: if that fails.
         """
-        thread = self._thread
         if not self._over or not self._renewable or self._redial is None or not self._patience:
             return
-        if threading.current_thread() is thread:  # in a callback, which tells of the loss
+        if threading.current_thread() is self._thread:  # in a callback, which tells of the loss
             return
+        failures = self._renewals_failed
         with self._renewing:
-            thread = self._thread
             if not self._over or self._closing.is_set():  # another caller was faster
                 return
-            thread.join()
+            if self._renewals_failed != failures:  # and failed: who has waited for that need not wait as long again
+                raise ConnectionLost(self._renewal_fault)
             try:
-                connection = self._redial()
+                self._renew_now()
             except ConnectFailed as exc:
-                raise ConnectionLost(f"{self._lost}; it cannot be made again: {exc}") from exc
-            if (2 if connection.subprotocol == SUBPROTOCOL else 1) != self.version:
-                connection.close()
-                raise ConnectionLost(f"{self._lost}; the agent speaks another version of the protocol now")
-            connection.start_writer(_pool)
-            self._heartbeat.add(connection)
-            with self._lock:
-                self._connection = connection
-                self._connections += 1
-                self._held.clear()
-                self._lost, self._over, self._online = None, False, True
-                self.lifetime_expired.clear()  # the agent says so again
-                closing = self._closing.is_set()
-                for farewell in self._farewells:
-                    connection.outbox.send(farewell)
-                self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
-                self._thread.start()
-            if closing:  # close() knew of the one before only
-                connection.close()
+                self._renewals_failed += 1
+                self._renewal_fault = f"{self._lost}; it cannot be made again: {exc}"
+                raise ConnectionLost(self._renewal_fault) from exc
+
+    def _renew_now(self) -> None:
+        """See _renew(). Raises ConnectFailed."""
+        assert self._redial is not None
+        before = self._thread
+        before.join()
+        connection = self._redial()
+        if (2 if connection.subprotocol == SUBPROTOCOL else 1) != self.version:
+            connection.close()
+            raise ConnectFailed("the agent speaks another version of the protocol now")
+        self._attend(connection)
+        with self._lock:
+            self._connection = connection
+            self._pause = self._until = 0.0  # if this one is lost, that has its own time
+            self._thread = threading.Thread(target=self._receive, name="agent-client", daemon=True)
+            try:
+                self._start_receiving()  # it waits for the lock before it does anything but receive
+            except ConnectFailed:
+                self._thread = before
+                raise
+            self._connections += 1
+            self._held.clear()
+            self._lost, self._over, self._online = None, False, True
+            self.lifetime_expired.clear()  # the agent says so again
+            closing = self._closing.is_set()
+            for farewell in self._farewells:
+                connection.outbox.send(farewell)
+        if closing:  # close() knew of the one before only
+            connection.close()
 
     def _receive(self) -> None:
         """Hand events to their sessions until the connection ends, and is not to be had again."""
+        if self._outage:  # it was given up, see _renew()
+            self._tell_outage(False)
         why = self._receive_until_lost()
         self._link_lost()
         while self._make_again():
@@ -1163,31 +1183,55 @@ class AgentConn:
             senders = list(self._senders.values())
         for sender in senders:
             sender.disconnect()
-        if self.on_outage is not None:
-            self.on_outage(True)
+        self._tell_outage(True)
         self._until = self._until or time.monotonic() + self._patience
         while time.monotonic() < self._until and not self._closing.wait(self._pause):
             # Zero again as soon as a connection brings something: one that always breaks off is given up, too.
             self._pause = min(max(self._pause * 2, REDIAL_FIRST), REDIAL_LAST)
             try:
                 connection = self._redial()
+                if connection.subprotocol != SUBPROTOCOL:
+                    connection.close()
+                    return False
+                self._attend(connection)
             except Unauthorized:
                 return False
             except ConnectFailed as exc:
                 log.debug("not connected again yet: %s", exc)
                 continue
-            if connection.subprotocol != SUBPROTOCOL:
-                connection.close()
-                return False
             self._take_over(connection)
-            if self.on_outage is not None:
-                self.on_outage(False)
+            self._tell_outage(False)
             return True
         return False
 
+    def _tell_outage(self, lost: bool) -> None:
+        self._outage = lost
+        if self.on_outage is not None:
+            self.on_outage(lost)
+
+    def _attend(self, connection: QueuedConnection) -> None:
+        """Start what a new connection needs beside its receiver.
+
+        Raises:
+            ConnectFailed: if the system refuses a thread; it is closed then.
+        """
+        try:
+            connection.start_writer(_pool)
+            self._heartbeat.add(connection)
+        except RuntimeError as exc:
+            connection.close_socket()
+            raise ConnectFailed(str(exc)) from exc
+
+    def _start_receiving(self) -> None:
+        """Start the receiving thread; raises ConnectFailed as _attend() does."""
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            self._heartbeat.remove(self._connection)
+            self._connection.close_socket()
+            raise ConnectFailed(str(exc)) from exc
+
     def _take_over(self, connection: QueuedConnection) -> None:
-        connection.start_writer(_pool)
-        self._heartbeat.add(connection)
         gone = []
         with self._lock:
             same_agent = _instance(connection) == _instance(self._connection)
@@ -1390,8 +1434,8 @@ def _dial(addr: str, token: str | None, timeout: float, tls: ssl.SSLContext | No
         raise ConnectFailed(f"{addr}: answered with HTTP status {status}{said and ': '}{said}") from None
     except TimeoutError:
         raise ConnectFailed(f"{addr}: no answer within {timeout:g} s") from None
-    # ImportError: a SOCKS proxy, which needs a package that is not here.
-    except (OSError, EOFError, WebSocketException, ImportError) as exc:
+    # RuntimeError: no thread left; ImportError: a SOCKS proxy, which needs a package that is not here.
+    except (OSError, EOFError, WebSocketException, RuntimeError, ImportError) as exc:
         raise ConnectFailed(f"{addr}: {_reason(exc)}") from exc
     assert isinstance(connection, DialledWebSocket)
     return connection
@@ -2533,14 +2577,14 @@ class _ClientServer:
         """Relay until the client leaves."""
         self._client.start_writer(_pool)
         _heartbeat().add(self._client)
-        # The client must not wait for an agent that has gone.
-        _pool.submit(self._follow_agent)
         expired = self._tell_expired
         with self._conn._lock:
             self._conn._followers.add(expired)
         if self._conn.lifetime_expired.is_set():
             expired()
         try:
+            # The client must not wait for an agent that has gone.
+            _pool.submit(self._follow_agent)
             for message in self._client:
                 self._relay(message)
         except ConnectionClosed as exc:

@@ -58,6 +58,7 @@ from websockets.http11 import Response as HTTPResponse
 
 from agent import (
     HEAD_LIMIT,
+    RETRY_PAUSE,
     Address,
     Attach,
     CloseStdin,
@@ -1182,8 +1183,8 @@ class HangupWatcher:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._lock = threading.Lock()  # guards _callbacks, and registration with it
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._lock = threading.Lock()  # guards _watched, and registration with it
+        self._watched: dict[int, tuple[Callable[[], None], int]] = {}  # what to call, and epoll's events
         threading.Thread(target=self._run, name="hang-ups", daemon=True).start()
 
     @contextlib.contextmanager
@@ -1197,25 +1198,33 @@ class HangupWatcher:
                 hijacked connection that is the end of stdin only.
         """
         fd = sock.fileno()
+        events = select.EPOLLONESHOT | (select.EPOLLRDHUP if half_close else 0)
         with self._lock:
-            self._callbacks[fd] = callback
-            self._epoll.register(fd, select.EPOLLONESHOT | (select.EPOLLRDHUP if half_close else 0))
+            self._watched[fd] = callback, events
+            self._epoll.register(fd, events)
         try:
             yield
         finally:
             with self._lock:
-                del self._callbacks[fd]
+                del self._watched[fd]
                 self._epoll.unregister(fd)
 
     def _run(self) -> None:
         while True:
             for fd, _ in self._epoll.poll():
                 with self._lock:
-                    callback = self._callbacks.get(fd)
+                    watched = self._watched.get(fd)
                     # An event that was fetched before another connection got this number says nothing about it.
-                    if callback is None or not has_hung_up(fd):
+                    if watched is None or not has_hung_up(fd):
                         continue
-                pool.submit(callback)
+                try:
+                    pool.submit(watched[0])
+                except RuntimeError as exc:
+                    log.error("no thread to see to a client that has gone, trying again: %s", exc)
+                    time.sleep(RETRY_PAUSE)
+                    with self._lock:
+                        if self._watched.get(fd) is watched:
+                            self._epoll.modify(fd, watched[1])  # which says so again
 
 
 def has_hung_up(fd: int) -> bool:
@@ -1895,8 +1904,8 @@ class Bridge:
     def run(self, output: Iterable[tuple[Stream, bytes]] | None = None) -> None:
         """Carry bytes until the session ends, or ``output`` if given, or the client leaves."""
         with self._call.handler.server.watcher.watch(self._sock, self._gone, half_close=False):
-            pool.submit(self._receive)
             try:
+                self._start_receiving()
                 for stream, data in output if output is not None else self._session.queue:
                     if stream in self._streams:
                         self._transmit(stream, data)
@@ -1906,6 +1915,15 @@ class Bridge:
                 self._gone()
             finally:
                 self._finish()
+
+    def _start_receiving(self) -> None:
+        try:
+            pool.submit(self._receive)
+        except RuntimeError as exc:  # and nobody would notice that the client leaves: as if it had
+            log.error("no thread for what a client sends: %s", exc)
+            self._received.set()
+            self._gone()
+            self._transmit(Stream.STDOUT, f"the gateway cannot serve more: {exc}\r\n".encode())
 
     def _transmit(self, stream: Stream, data: bytes) -> None:
         if not self._head_was_read:
@@ -3333,13 +3351,13 @@ def run(options: argparse.Namespace) -> None:
 
 def reload(sources: Sequence[ServerTLS]) -> None:
     """Read certificates again, for new connections."""
-    try:
-        for source in sources:
+    for source in sources:
+        try:
             source.reload()
-    except ValueError as exc:
-        log.error("what was read before stays in use: %s", exc)
-    else:
-        log.info("TLS: new connections get the certificates that were read now")
+        except ValueError as exc:
+            log.error("what was read before stays in use: %s", exc)
+        else:
+            log.info("TLS: new connections get the certificates that were read now")
 
 
 class LogFormatter(logging.Formatter):

@@ -8,6 +8,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import docker_gateway as gateway
 import pytest
@@ -137,3 +138,13 @@ def test_an_incoming_that_is_paused_gives_what_was_read_and_waits_for_nothing(pa
     incoming = gateway.Incoming(stream, b"early")
     incoming.paused = True
     assert (incoming.read(3), incoming.read(3), incoming.read(3)) == (b"ear", b"ly", None)
+
+
+def test_a_certificate_that_cannot_be_read_again_keeps_no_other_from_it(tmp_path: Path) -> None:
+    ours = Authority(tmp_path, "ours")
+    broken, good = (ServerTLS(ours.issue(f"{name}.pem", "127.0.0.1")) for name in ("broken", "good"))
+    (tmp_path / "broken.pem").write_text("no certificate")
+    before = broken.context, good.context
+    gateway.reload([broken, good])
+    assert broken.context is before[0]
+    assert good.context is not before[1]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import pytest
 from lossy import LossyLink
@@ -15,7 +20,8 @@ from support import eventually, need, need_root
 from test_resume_networks import dial_within
 
 import agent_client
-from agent_client import AgentConn, ConnectionLost
+from agent import ThreadPool
+from agent_client import AgentConn, ConnectFailed, ConnectionLost
 
 
 @pytest.fixture
@@ -146,3 +152,133 @@ def test_times_that_make_no_sense_are_refused(box: RunningAgent) -> None:
     for times in ({"ping_interval": 0.0}, {"ping_timeout": -1.0}):
         with pytest.raises(ValueError, match="must be more than 0 s"):
             AgentConn.dial(box.addr, TOKEN, **times)
+
+
+@pytest.mark.parametrize("conn", [2], indirect=True)  # version 1 resumes nothing
+def test_one_that_was_made_again_is_given_its_own_time_when_it_is_lost(
+    conn: AgentConn, box: RunningAgent, proxy: Proxy
+) -> None:
+    conn._patience = 0.2
+    process = conn.popen(["cat"])
+    proxy.refusing = True
+    proxy.cut()
+    with pytest.raises(ConnectionLost):
+        process.wait(DEADLINE)
+    proxy.refusing = False
+    conn._patience = DEADLINE
+    conn._renew()
+    box.process.send_signal(signal.SIGSTOP)  # so that nothing comes on this one
+    try:
+        with ThreadPoolExecutor(1) as executor:
+            word = executor.submit(echo, conn)
+            eventually(lambda: conn._flows, "its request")
+            proxy.cut()
+            box.process.send_signal(signal.SIGCONT)
+            assert word.result(DEADLINE) == "hi\n"
+    finally:
+        box.process.send_signal(signal.SIGCONT)
+
+
+def refuse_threads(monkeypatch: pytest.MonkeyPatch, function: str) -> list[str]:
+    """Refuse every new thread for a function of this name; returns the names of those that were."""
+    refused: list[str] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if getattr(thread._target, "__name__", "") == function:  # type: ignore[attr-defined]
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")  # the system's own limit is not for a test to reach
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    return refused
+
+
+@pytest.mark.parametrize("conn", [2], indirect=True)
+def test_what_runs_goes_on_once_a_thread_is_to_be_had_again(conn: AgentConn, proxy: Proxy) -> None:
+    process = conn.popen(["cat"])
+    with pytest.MonkeyPatch.context() as patch:
+        refused = refuse_threads(patch, "recv_events")
+        proxy.cut()
+        eventually(lambda: refused, "a thread that is refused")
+    process.stdin.write(b"still here\n")
+    assert process.stdout.readline() == b"still here\n"
+
+
+@pytest.mark.parametrize("function", ["recv_events", "_receive", "_loop"])
+def test_a_start_that_gets_no_thread_for_a_connection_says_so(conn: AgentConn, proxy: Proxy, function: str) -> None:
+    lose(conn, proxy)
+    with pytest.MonkeyPatch.context() as patch:
+        if function == "_loop":  # else a parked thread is good enough
+            patch.setattr(agent_client, "_pool", ThreadPool())
+        refuse_threads(patch, function)
+        with pytest.raises(ConnectionLost, match=r"it cannot be made again: .*can't start new thread"):
+            echo(conn)
+    assert echo(conn) == "hi\n"
+
+
+@pytest.mark.parametrize("function", ["recv_events", "_receive", "_loop"])
+def test_a_first_connection_that_gets_no_thread_is_an_error_and_leaves_nothing_open(
+    box: RunningAgent, function: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if function == "_loop":
+            patch.setattr(agent_client, "_pool", ThreadPool())
+        refuse_threads(patch, function)
+        with pytest.raises(ConnectFailed, match="can't start new thread"):
+            AgentConn.dial(box.addr, TOKEN)
+    if function != "recv_events":  # else the agent was not asked for anything yet
+        box.wait_for_log("connection (closed|lost)")
+
+
+@pytest.mark.parametrize("conn", [2], indirect=True)
+def test_who_hears_of_an_outage_hears_of_its_end_even_if_a_start_has_ended_it(conn: AgentConn, proxy: Proxy) -> None:
+    told: list[bool] = []
+    conn.on_outage = told.append
+    conn._patience = 0.2
+    process = conn.popen(["cat"])
+    proxy.refusing = True
+    proxy.cut()
+    with pytest.raises(ConnectionLost):
+        process.wait(DEADLINE)
+    assert told == [True]
+    proxy.refusing = False
+    assert echo(conn) == "hi\n"
+    assert told == [True, False]
+
+
+def test_many_starts_at_once_fail_with_one_try(conn: AgentConn, proxy: Proxy) -> None:
+    """Each would take as long as the handshake may, one after the other."""
+    lose(conn, proxy)
+    tries: list[str] = []
+    failing = threading.Event()
+    redial = conn._redial
+
+    def fail() -> NoReturn:
+        tries.append("one")
+        assert failing.wait(DEADLINE)
+        raise ConnectFailed("no answer")
+
+    def waiting() -> bool:
+        """Whether all have seen how many tries failed before."""
+        return sum(is_renewing(frame) for frame in sys._current_frames().values()) == 20
+
+    conn._redial = fail
+    with ThreadPoolExecutor(20) as executor:
+        starts = [executor.submit(echo, conn) for _ in range(20)]
+        eventually(waiting, "20 starts that wait")
+        failing.set()
+        for start in starts:
+            with pytest.raises(ConnectionLost, match=r"it cannot be made again: no answer"):
+                start.result(DEADLINE)
+    assert tries == ["one"]
+    conn._redial = redial
+    assert echo(conn) == "hi\n"
+
+
+def is_renewing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "_renew" and "failures" in frame.f_locals:
+            return True
+        frame = frame.f_back
+    return False

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import http
+import inspect
 import socket
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from support import DEADLINE
 
 import agent
-from agent import DELAY_FIRST, DELAY_LAST, HEAD_LIMIT, Tokens, delay_after, judge_head
+from agent import DELAY_FIRST, DELAY_LAST, HEAD_LIMIT, Doorway, Guest, ThreadPool, Tokens, delay_after, judge_head
 from agent_client import ReverseListener
 
 BAD, METHOD, LONG = (
@@ -81,6 +85,41 @@ def test_a_refusal_that_comes_late_is_an_answer_all_the_same(monkeypatch: pytest
     ):
         sock.sendall(b"GET /agents HTTP/1.1\r\nHost: h\r\n\r\n")
         assert sock.recv(4096).startswith(b"HTTP/1.1 401 ")
+
+
+class FullPool(ThreadPool):
+    """The system's limit of threads is reached, and that is not for a test to reach."""
+
+    def submit(self, job: Callable[..., None], *args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.fixture
+def shallow() -> Iterator[None]:
+    """Python nests 300 calls more than it does already."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 300)
+    yield
+    sys.setrecursionlimit(before)
+
+
+def test_however_many_wait_where_there_is_no_thread_each_is_told_so_and_no_place_is_lost(shallow: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        doorway = Doorway(listener, lambda guest, request: None, lambda sock, early: None, FullPool())
+        peers = []
+        for _ in range(200):
+            near, far = socket.socketpair()
+            peers.append(stack.enter_context(near))
+            stack.enter_context(far).setblocking(False)
+            doorway._ready.append(Guest(far))
+        doorway._steps = 1
+        doorway._end_step()
+        assert (doorway._steps, len(doorway._ready)) == (0, 0)
+        doorway.start()
+        for near in peers:
+            near.settimeout(DEADLINE)
+            assert near.recv(4096).startswith(b"HTTP/1.1 503 ")
+        doorway.close()
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,25 @@ def test_without_a_thread_for_the_rest_input_goes_on(monkeypatch, make_pipe, cap
     assert pipe.read_to_end() == NOISE[pipe.capacity : 200_000] + b"more"
 
 
+def test_however_much_comes_while_there_is_no_thread_one_retry_is_enough(monkeypatch, make_pipe):
+    pipe = make_pipe()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")  # the system's own limit is not for a test to reach
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        pipe.input.write(NOISE[:200_000])
+        for number in range(100):
+            pipe.input.write(NOISE[200_000 + number : 200_001 + number])
+        assert pipe.pool._retries.qsize() == 1
+        pipe.pool._retries.get()()  # nor is there one by then
+        assert pipe.pool._retries.qsize() == 1
+    pipe.pool._retries.get()()
+    pipe.input.end()
+    assert pipe.read_to_end() == NOISE[:200_100]
+
+
 # ── terminals ─────────────────────────────────────────────────────────────────
 
 

@@ -199,3 +199,31 @@ def test_a_log_that_nobody_reads_holds_up_nobody(monkeypatch):
         seen = [int(line.split()[2]) for line in lines if re.search(r" \d{5} \.", line)]
         assert seen == list(range(len(seen)))
         assert len(seen) + missing == count + 1
+
+
+def test_what_is_missing_is_not_put_down_to_a_fault_that_is_over(monkeypatch):
+    """A pipe that nobody reads any more refuses lines; one that is full later lets them fall for its own reason."""
+    first_read, first_write = os.pipe()
+    read_end, write_end = os.pipe()
+    os.close(first_read)
+    with open(first_write, "w") as stderr, open(read_end, "rb") as reader:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        handler = LogHandler()
+        handler.setFormatter(LogFormatter("text", ()))
+
+        def log(number):
+            handler.handle(logging.LogRecord("x", logging.INFO, "", 0, "%05d %s", (number, "." * 200), None))
+
+        log(0)
+        handler.flush(PATIENCE)
+        os.dup2(write_end, first_write)
+        os.close(write_end)
+        log(1)
+        assert b"00001 ." in reader.readline()
+        assert re.search(rb"1 lines are missing here: stderr could not be written: Broken pipe", reader.readline())
+        for number in range(LOG_BACKLOG + 5000):
+            log(number)
+        found = None
+        while found is None:
+            found = re.search(r"lines are missing here: (.*)", reader.readline().decode())
+        assert found[1] == "stderr was not read"

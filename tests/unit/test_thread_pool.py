@@ -170,15 +170,16 @@ def test_a_parked_thread_keeps_nothing_of_its_job_alive(long_lived):
     assert reference() is None
 
 
-def test_when_the_system_refuses_a_thread_nothing_is_reserved(monkeypatch, long_lived):
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+def test_when_the_system_refuses_a_thread_nothing_is_reserved(monkeypatch, long_lived, error):
     run(long_lived, lambda: None)
 
     def refuse(thread):
-        raise RuntimeError("can't start new thread")  # the system's own limit is not for a test to reach
+        raise error  # the system's own limit is not for a test to reach
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
+        with pytest.raises(RuntimeError, match=r"can't start new thread|out of memory"):
             long_lived.reserve(2)
     wait_until(lambda: len(long_lived._idle) == 1, "the one that was there is parked again")
     run(long_lived, lambda: None)
