@@ -2239,6 +2239,7 @@ class Record:
         self._started = 0.0  # Unix time
         self._early: tuple[int | None, int, Error | None] | None = None  # its end, if that came before its start
         self._ended = False
+        self._stdin_forbidden = False  # that was told
         self._cause = ""
 
     @property
@@ -2274,6 +2275,15 @@ class Record:
         name = signal_name(number)
         log.info("signal %s", name, extra={**self.extra, "peer": who.name})
         self._tell("signal", who, signal=name)
+
+    def forbid(self, request: ToSession, reason: str, message: str, who: Who) -> None:
+        """A client has sent it what it may not: each signal is told, and the first of its stdin."""
+        what = {"signal": request.signal[:80]} if isinstance(request, Signal) else {"kind": "stdin"}
+        with self._lock:
+            told = self._stdin_forbidden and "signal" not in what
+            self._stdin_forbidden |= "signal" not in what
+        if not told:
+            self._tell("refused", who, **what, reason=reason, error=message)
 
     def park(self, window: float) -> None:
         """Its connection has ended."""
@@ -8330,6 +8340,14 @@ class Peer:
             try:
                 self._policy.check(request)
             except Forbidden as exc:
+                self._runtime.books.tell(
+                    "refused",
+                    self.who,
+                    kind="stat",
+                    path=cast(ArchiveStat, request).path,
+                    reason=exc.reason,
+                    error=str(exc),
+                )
                 self._refuse(request.id, str(exc), exc.reason)
                 return
             self._answer(request)
@@ -8382,7 +8400,7 @@ class Peer:
             session = self._sessions.get(session_id)
             ended = session_id in self._ended_ids
         if session is not None and not self._policy.takes_input:
-            self._refuse(session_id, "the agent runs with --read-only: no stdin and no signals", Reason.READ_ONLY)
+            self._pass_on(Stdin(session_id, b""), session)  # which refuses it
         elif session is not None:
             self._received += len(data)
             tie = cast(FlowSession, session).tie
@@ -8500,6 +8518,7 @@ class Peer:
         try:
             self._policy.check(request)
         except Forbidden as exc:
+            session.record.forbid(request, exc.reason, str(exc), self.who)
             self._refuse(request.id, str(exc), exc.reason)
             return
         if isinstance(request, CloseStdin | Resize) and not self._policy.takes_input:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import TOKEN, Agent, RawClient, Session, eventually
 
-from agent_client import AgentConn, SessionError
+from agent_client import AgentConn, ClientError, SessionError
 
 ECHO = shutil.which("echo") or "/bin/echo"
 ENV = shutil.which("env") or "/usr/bin/env"
@@ -163,3 +165,38 @@ def test_who_is_forbidden_something_is_in_the_audit_log(
     agent.stop()
     (line,) = [line for line in path.read_text().splitlines() if "forbidden" in line]
     assert "/somewhere" in line
+
+
+def test_forbidden_stdin_signals_and_questions_are_in_the_audit_log(
+    start_agent: StartAgent, connect: Connect, tmp_path: Path
+) -> None:
+    path = tmp_path / "audit"
+
+    def refused() -> list[dict[str, Any]]:
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        return [entry for entry in entries if entry["event"] == "refused"]
+
+    agent = start_agent("--read-only", "--audit-log", str(path), "--keep-alive", "--", "sleep", "300")
+    session = connect(agent).attach()
+    for _ in range(3):
+        session.write(b"words\n")
+    session.signal("TERM")
+    with AgentConn.dial(agent.url, TOKEN) as conn:
+        watching = conn.attach()
+        watching.stdin.write(b"more\n")
+        watching.stdin.flush()
+        eventually(lambda: len(refused()) == 3, "one entry for the stdin of each session, and one for the signal")
+        watching.detach()
+    by_session = [(entry.get("kind"), entry.get("signal"), entry["reason"]) for entry in refused()]
+    assert sorted(by_session, key=str) == [
+        ("stdin", None, "read_only"),
+        ("stdin", None, "read_only"),
+        (None, "TERM", "read_only"),
+    ]
+    agent.stop()
+    path.unlink()
+    agent = start_agent("--no-exec", "--audit-log", str(path))
+    with AgentConn.dial(agent.url, TOKEN) as conn, pytest.raises(ClientError):
+        conn.stat_path("/etc/passwd")
+    (entry,) = eventually(refused, "the question")
+    assert (entry["kind"], entry["path"], entry["reason"]) == ("stat", "/etc/passwd", "forbidden")
