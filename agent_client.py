@@ -2986,6 +2986,22 @@ class _LocalTerminal:
         return None
 
 
+class _LocalEvents(_EventQueue):
+    """For one that this process's user watches: what the agent has against it is this program's to say.
+
+    An agent with --read-only passes on no signal. Who wants to leave such a session with one then does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(LOCAL_LIMIT)
+        self.interrupted = 0  # the last signal that was passed on and is to end something; the signals thread's
+
+    def warning(self, error: SessionError) -> None:
+        self.output(Output("", Stream.STDERR, f"agent_client: {_printable(str(error))}\n".encode()))
+        if error.reason == Reason.READ_ONLY and self.interrupted:
+            self.failed(_Interrupted(self.interrupted))
+
+
 class _LocalSession:
     """Runs one session with this process's own stdin, stdout and stderr."""
 
@@ -2996,7 +3012,7 @@ class _LocalSession:
         self._tty: bool = options.tty
         self._pass_signals: bool = options.sig_proxy
         self._attached = isinstance(request, Attach)
-        self._events = _EventQueue(LOCAL_LIMIT)
+        self._events = _LocalEvents()
         self._channel = conn.open_channel(request.id)
         self._terminal = _LocalTerminal(0)
         self._typed = b""  # the first of DETACH_KEYS, held back until the next key decides
@@ -3080,6 +3096,8 @@ class _LocalSession:
                     if self._tty:
                         self._resize()
                 elif self._pass_signals:
+                    if number not in (signal.SIGUSR1, signal.SIGUSR2):
+                        self._events.interrupted = number
                     self._conn.send(Signal(self._request.id, signal.Signals(number).name))
                 else:
                     self._events.failed(_Interrupted(number))  # so that the terminal is put back

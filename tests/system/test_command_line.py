@@ -252,6 +252,23 @@ def test_top_is_drawn_and_quit(open_terminal: Callable[..., Terminal]) -> None:
     assert terminal.attributes() == terminal.before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_attached_to_an_agent_that_takes_no_signals_leaves_with_one(
+    tmp_path: Path, environ: dict[str, str], number: signal.Signals
+) -> None:
+    agent = RunningAgent(tmp_path, "--read-only", "--keep-alive", "--", "sleep", "300")
+    try:
+        command = [*CLIENT, "attach", "--addr", agent.addr]
+        process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE)
+        agent.wait_for_log("attach started")
+        process.send_signal(number)
+        _, said = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 128 + number
+        assert said == b"agent_client: the agent runs with --read-only: no stdin and no signals\n"
+    finally:
+        agent.stop()
+
+
 @pytest.mark.parametrize(("flag", "status"), [("--tty", 143), ("--no-sig-proxy", 143)])
 def test_a_signal_to_the_client_puts_the_terminal_back(
     open_terminal: Callable[..., Terminal], flag: str, status: int
