@@ -1241,9 +1241,19 @@ def _parse_positive_duration(text: str) -> float:
     return seconds
 
 
+def _parse_positive_size(text: str) -> int:
+    size = parse_size(text)
+    if size <= 0:
+        raise ValueError(f"must be more than 0, not {text!r}")
+    return size
+
+
 def _check_file(path: str) -> str:
-    if path and not os.access(path, os.R_OK):
-        raise ValueError(f"cannot read {path!r}")
+    if path:
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as exc:
+            raise ValueError(f"cannot read {path!r}: {exc.strerror}") from None
     return path
 
 
@@ -1289,7 +1299,7 @@ def read_token_file(path: str) -> tuple[str, ...]:
         with open(path, encoding="utf-8") as file:
             text = file.read(TOKEN_FILE_LIMIT + 1)
     except (OSError, UnicodeDecodeError) as exc:
-        raise ValueError(f"cannot read {path!r}: {exc}") from None
+        raise ValueError(f"cannot read {path!r}: {getattr(exc, 'strerror', None) or exc}") from None
     tokens = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not tokens:
         raise ValueError(f"{path!r} is empty")
@@ -1420,7 +1430,7 @@ OPTIONS = (
     Option("health-timeout", _parse_positive_duration, "DURATION", "how long a check may take (default: 30s)"),
     Option("health-retries", _parse_count, "N", "failures in a row that mean unhealthy (default: 3)"),
     Option("health-start-period", parse_duration, "DURATION", "failures in this time do not count (default: 0s)"),
-    Option("max-message-size", parse_size, "SIZE", "largest message that is accepted (default: 16MiB)"),
+    Option("max-message-size", _parse_positive_size, "SIZE", "largest message that is accepted (default: 16MiB)"),
     Option("max-sessions", _parse_count, "N", "sessions on one connection (default: 1024)"),
     Option("max-total-sessions", _parse_count, "N", "sessions on all connections (default: 4096)"),
     Option("stdin-limit", parse_size, "SIZE", "stdin that may wait for one command to read it (default: 256MiB)"),

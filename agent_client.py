@@ -3136,7 +3136,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     session.add_argument(
         "--reconnect",
-        type=parse_duration,
+        type=read_duration,
         default=RESUME_PATIENCE,
         metavar="DURATION",
         help="how long to try to resume when the connection is lost, 0 for not at all (default: 60s)",
@@ -3205,11 +3205,16 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive_duration(text: str) -> float:
+def read_duration(text: str) -> float:
+    """parse_duration() for argparse, which shows what is wrong of an ArgumentTypeError only."""
     try:
-        seconds = parse_duration(text)
+        return parse_duration(text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from None
+
+
+def _positive_duration(text: str) -> float:
+    seconds = read_duration(text)
     if seconds <= 0:
         raise argparse.ArgumentTypeError("it must be more than 0")
     return seconds
@@ -3396,13 +3401,14 @@ def fetch_health(addr: str, tls: ssl.SSLContext | None = None) -> dict[str, Any]
             connection.request("GET", "/health")
             response = connection.getresponse()
             body = response.read()
-            if response.status != 200:
-                raise ConnectFailed(f"{addr}: answered with HTTP status {response.status}")
-            state = json.loads(body)
+            state = json.loads(body) if response.status == 200 else None
         except (OSError, http.client.HTTPException) as exc:
             raise ConnectFailed(f"{addr}: {_reason(exc)}") from exc
         except ValueError:
             raise ConnectFailed(f"{addr}: its answer is not JSON") from None
+    if response.status != 200:
+        line = _printable(body[:200].decode(errors="replace").partition("\n")[0])
+        raise ConnectFailed(f"{addr}: answered with HTTP status {response.status}: {line}")
     if not isinstance(state, dict):
         raise ConnectFailed(f"{addr}: its answer is not a JSON object")
     return state

@@ -79,9 +79,9 @@ from agent import (
     make_client_tls,
     open_listener,
     parse_address,
-    parse_duration,
     parse_signal,
     peer_certificate,
+    read_token_file,
 )
 from agent_client import (
     RESUME_PATIENCE,
@@ -96,6 +96,7 @@ from agent_client import (
     SessionError,
     encode_docker_frame,
     fetch_health,
+    read_duration,
     read_server_tls,
 )
 
@@ -3196,7 +3197,7 @@ def parse_agents(texts: Sequence[str]) -> dict[str, str]:
             if addr.startswith(scheme):
                 addr = of_websockets + addr.removeprefix(scheme)
         if not addr.startswith(("ws://", "wss://")):
-            parse_address(addr)
+            read_address(f"--agent: {name}", addr)
         agents[name] = addr
     return agents
 
@@ -3275,7 +3276,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", metavar="PATH", help="its private key (default: in the same file)")
     parser.add_argument(
         "--reconnect",
-        type=parse_duration,
+        type=read_duration,
         default=RESUME_PATIENCE,
         metavar="DURATION",
         help="how long commands wait when the connection to a dialled agent is lost, 0 for not at all (default: 60s)",
@@ -3293,16 +3294,28 @@ def make_parser() -> argparse.ArgumentParser:
 def read_token(path: str | None) -> str | None:
     if path is None:
         return os.environ.get("SOCKERLESS_AGENT_TOKEN") or None
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip() or None
+    try:
+        return read_token_file(path)[0]
+    except ValueError as exc:
+        raise ValueError(f"--token-file: {exc}") from None
+
+
+def read_address(flag: str, text: str, parse: Callable[[str], Address] = parse_address) -> Address:
+    """An address that a flag gives. Raises ValueError, which names the flag."""
+    try:
+        return parse(text)
+    except ValueError as exc:
+        raise ValueError(f"{flag}: {exc}") from None
 
 
 def run(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM."""
     token = read_token(options.token_file)
     agents = parse_agents(options.agent)
-    hosts = [parse_host(text) for text in options.host or [DEFAULT_HOST]]
-    listen = parse_address(options.listen) if options.listen else None
+    hosts = [read_address("-H", text, parse_host) for text in options.host or [DEFAULT_HOST]]
+    listen = read_address("--listen", options.listen) if options.listen else None
+    if not agents and listen is None:
+        log.warning("neither --agent nor --listen is given: there will be no containers")
     tls, listen_tls = read_server_tls(options), read_server_tls(options, "listen_")
     if listen_tls is not None and listen is None:
         raise ValueError("--listen-tls-cert needs --listen")
