@@ -112,6 +112,7 @@ SKIP_TIMEOUT = 2.0  # seconds to wait for the rest of a request that was refused
 IDLE_TIMEOUT = 300.0  # seconds from an answer to the next request on its connection
 UNSENT_LIMIT = 64 << 20  # bytes of output that may wait for a Docker client; version 2 agents are held back at 1 MiB
 REDIAL_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds; the last one again and again
+SIGNAL_TIMEOUT = 1.0  # seconds to wait for the refusal of a signal
 POLL_INTERVAL = 2.0  # seconds between two questions whether the main process still runs
 ANSWER_TIMEOUT = 10.0  # seconds for an answer of an agent
 LINGER = 5.0  # seconds that a client has to close a hijacked connection after the end of its output
@@ -2301,17 +2302,35 @@ def watch_main(container: Container) -> Iterator[None]:
             session.end()
 
 
+class SignalQueue(OutputQueue):
+    """For an attachment that is there to send a signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusal: SessionError | None = None  # the receiving thread's, until an answer has come behind it
+
+    def warning(self, error: SessionError) -> None:
+        if error.reason == Reason.READ_ONLY:
+            self.refusal = error
+
+
 def signal_main(container: Container, number: int) -> None:
-    """Send the main process a signal. Raises Conflict if it has ended, or there is none."""
+    """Send the main process a signal. Raises Conflict if it has ended, there is none, or its agent has --read-only."""
     main = container.main_process()
     if not container.state.running or main.exited:
         raise Conflict(f"Cannot kill container: {container.name}: container {container.id} is not running")
     conn = container.connection()
-    session = Session(conn, attach_request(conn, replay=False), OutputQueue())
+    queue = SignalQueue()
+    session = Session(conn, attach_request(conn, replay=False), queue)
     session.queue.drop()
     session.start()
     session.signal(number)
+    if conn.version > 1:
+        with contextlib.suppress(ClientError):  # the agent may end with what the signal ends
+            conn.sessions(timeout=SIGNAL_TIMEOUT)  # a signal has no answer, but a refusal comes before this one
     session.end()
+    if queue.refusal is not None:
+        raise Conflict(f"Cannot kill container: {container.name}: {queue.refusal}")
 
 
 def read_signal(text: str) -> int:
@@ -3314,8 +3333,6 @@ def run(options: argparse.Namespace) -> None:
     agents = parse_agents(options.agent)
     hosts = [read_address("-H", text, parse_host) for text in options.host or [DEFAULT_HOST]]
     listen = read_address("--listen", options.listen) if options.listen else None
-    if not agents and listen is None:
-        log.warning("neither --agent nor --listen is given: there will be no containers")
     tls, listen_tls = read_server_tls(options), read_server_tls(options, "listen_")
     if listen_tls is not None and listen is None:
         raise ValueError("--listen-tls-cert needs --listen")
@@ -3357,6 +3374,8 @@ def run(options: argparse.Namespace) -> None:
             port = server.listen(host, tls)
             where = host if host.path else Address(host.host, port)
             log.info("serving Docker's clients on %s%s", where, " with TLS" if tls and not host.path else "")
+        if not agents and listen is None:
+            log.warning("neither --agent nor --listen is given: there are no containers to show")
         while signal.sigwait(awaited) == signal.SIGHUP:
             reload(reloaded)
         log.info("ending")

@@ -392,6 +392,13 @@ def test_kill_sends_any_signal_and_sigkill_by_default(box: Box) -> None:
     assert agent.health()["exitCode"] == 137
 
 
+def test_an_agent_that_takes_no_signals_is_not_said_to_be_stopped(talk: Callable[..., Box]) -> None:
+    _, gateway = talk("echo up; sleep 1000", "--read-only")
+    for words in (("kill", "box"), ("stop", "box"), ("kill", "-s", "HUP", "box")):
+        assert "the agent runs with --read-only: no stdin and no signals" in gateway.refused(*words)
+    assert gateway.output("ps", "--format", "{{.Names}} {{.State}}") == "box running\n"
+
+
 def test_stop_sends_sigterm_and_sigkill_after_its_time(talk: Callable[..., Box]) -> None:
     _, gateway = talk("trap 'exit 21' TERM; echo up; while sleep 0.05; do :; done")
     assert gateway.output("stop", "box") == "box\n"
