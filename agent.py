@@ -1374,7 +1374,8 @@ class Option:
 
 
 OPTIONS = (
-    Option("addr", parse_address, "ADDR", "listen on ADDR: :9111, host:port, [::1]:port, unix:/path; port 0 picks one"),
+    Option("addr", parse_address, "ADDR",
+           "listen on ADDR: :9111, host:port, [::1]:port, unix:/path; port 0 picks one (default: :9111)"),
     Option("probe", _parse_boolean, "", "ask the agent at ADDR for its health; exit code 0 if that is good, else 1"),
     Option("callback", parse_callback, "URL",
            "reverse mode: dial this URL (http, https, ws, wss) instead of listening; also SOCKERLESS_CALLBACK_URL"),
@@ -1387,7 +1388,7 @@ OPTIONS = (
            "speak TLS, with the certificate in PATH (PEM, with its chain); SIGHUP reloads it"),
     Option("tls-key", _check_file, "PATH", "its private key (default: in the same file)"),
     Option("tls-client-ca", _check_file, "PATH",
-           "/ws is for clients with a certificate that one in PATH (PEM) has issued; SIGHUP reloads it"),
+           "/ws and /metrics are for clients with a certificate that one in PATH (PEM) has issued; SIGHUP reloads it"),
     Option("lifetime", _parse_positive_duration, "DURATION",
            "how long the platform lets the agent live: clients are told before it ends"),
     Option("lifetime-margin", parse_duration, "DURATION", "how long before its end they are told (default: 5s)"),
@@ -1555,8 +1556,8 @@ def _make_parser() -> _Parser:
         usage="sockerless-agent [flags] [--keep-alive [--] command ...]",
         description="Run commands in a container over one WebSocket.",
         epilog="Flags may be written -flag or --flag; each can also be set in the environment as "
-        "SOCKERLESS_AGENT_FLAG, such as SOCKERLESS_AGENT_LOG_LEVEL. Durations are written 500ms, 10s, 1m30s. "
-        "The bearer token is read from SOCKERLESS_AGENT_TOKEN or --token-file.",
+        "SOCKERLESS_AGENT_FLAG, such as SOCKERLESS_AGENT_LOG_LEVEL. Durations are written 500ms, 10s, 1m30s, "
+        "sizes 65536, 64k, 1MiB. The bearer token is read from SOCKERLESS_AGENT_TOKEN or --token-file.",
         allow_abbrev=False,
     )
     for option in OPTIONS:

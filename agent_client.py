@@ -3179,7 +3179,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help="copy files and trees into or out of the container, as docker cp does",
         description="One of the two is in the container, and begins with a colon: cp :/etc/hosts . copies out of it. "
         "- is a tar archive on stdin or stdout. What lies there already is replaced; a tree is copied into a "
-        "directory that exists, and only what it holds if SRC ends with /.",
+        "directory that exists, and only what it holds if SRC ends with /. A relative path in the container is "
+        "relative to /.",
     )
     copy.add_argument("-a", "--archive", action="store_true", help="keep the owners' numbers (root only)")
     copy.add_argument("-L", "--follow-link", action="store_true", help="copy what SRC links to")

@@ -3261,7 +3261,8 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=ADDR[,...]",
-        help="an agent in server mode, at host:port, unix:/path, or a ws://, wss:// or https:// URL; may be repeated",
+        help="an agent in server mode, at host:port, unix:/path, or a ws://, wss://, http:// or https:// URL; "
+        "may be repeated",
     )
     parser.add_argument("--listen", metavar="ADDR", help="accept agents in reverse mode here, such as 127.0.0.1:8080")
     parser.add_argument(
@@ -3306,7 +3307,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="label each container as the service of its name in this project, for docker compose -p NAME exec",
     )
-    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument(
+        "--log-level",
+        default="info",
+        choices=("debug", "info", "warn", "warning", "error"),
+        metavar="LEVEL",
+        help="debug, info, warn (or warning) or error (default: %(default)s)",
+    )
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import itertools
+import logging
 import lzma
 
 import docker_gateway as gateway
@@ -145,3 +146,9 @@ def test_filters_come_as_lists_or_as_maps() -> None:
     for text, name in itertools.product(("[]", '{"a": 1}', "nonsense", '{"c": ["x"]}'), ["invalid filter"]):
         with pytest.raises(gateway.BadParameter, match=name):
             gateway.Filters(text, ["a", "b"])
+
+
+@pytest.mark.parametrize("level", ["warn", "warning"])
+def test_a_level_of_the_log_may_be_spelled_as_the_agent_and_as_python_spell_it(level: str) -> None:
+    options = gateway.make_parser().parse_args(["--log-level", level])
+    assert logging.getLevelName(options.log_level.upper()) == logging.WARNING
