@@ -845,7 +845,10 @@ class Monitor:
 
     def _take_outage(self, lost: bool) -> None:
         if not lost:
-            pool.submit(self._look_again)
+            try:
+                pool.submit(self._look_again)
+            except RuntimeError as exc:  # the receiving thread is to go on
+                log.error("agent %s: cannot see whether it was started anew: %s", self._container.name, exc)
 
     def _look_again(self) -> None:
         """The connection was made again, maybe with an agent that was started anew: that has another main process."""
@@ -932,7 +935,7 @@ class Dialler:
                 self._stay_connected()
                 failures = 0
                 why = "its connection was lost"
-            except (ClientError, ValueError) as exc:
+            except (ClientError, ValueError, OSError, RuntimeError) as exc:  # the last two: no descriptor, no thread
                 why = str(exc)
                 failures += 1
             if not self._stopping.is_set():
