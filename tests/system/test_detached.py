@@ -234,8 +234,14 @@ def test_an_id_can_be_taken_once_at_a_time(start_agent: Callable[..., Agent]) ->
             return any(entry.get("code") == 137 for entry in client.lists[0])
 
         eventually(ended, "it has ended")
-        third = client.exec(["true"], "same", detach=True)
-        client.until(lambda: third.started)
+
+        def taken_over() -> bool:
+            third = client.exec(["true"], "same", detach=True)
+            client.until(lambda: third.started or third.errors)
+            assert third.started or third.errors[0]["reason"] == Reason.ID_TAKEN
+            return third.started is not None
+
+        eventually(taken_over, "its output has ended, too")
     finally:
         client.ws.close()
 
