@@ -1219,7 +1219,7 @@ class AgentConn:
             connection.start_writer(_pool)
             self._heartbeat.add(connection)
         except RuntimeError as exc:
-            connection.close_socket()
+            _abandon(connection)
             raise ConnectFailed(str(exc)) from exc
 
     def _start_receiving(self) -> None:
@@ -1228,7 +1228,7 @@ class AgentConn:
             self._thread.start()
         except RuntimeError as exc:
             self._heartbeat.remove(self._connection)
-            self._connection.close_socket()
+            _abandon(self._connection)
             raise ConnectFailed(str(exc)) from exc
 
     def _take_over(self, connection: QueuedConnection) -> None:
@@ -1393,6 +1393,18 @@ class AgentConn:
             receiver.failed(_session_error(event))
         else:
             receiver.warning(_session_error(event))
+
+
+def _abandon(connection: QueuedConnection) -> None:
+    """Close a connection that was just made, and that nobody serves.
+
+    Its receiver ends first: it may be about to read, and the number of a closed descriptor is the next connection's,
+    whose answer it would take.
+    """
+    with contextlib.suppress(OSError):  # closed already
+        connection.socket.shutdown(socket.SHUT_RDWR)
+    connection.recv_events_thread.join(CLOSE_TIMEOUT)
+    connection.close_socket()
 
 
 def _instance(connection: QueuedConnection) -> str:
