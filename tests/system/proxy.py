@@ -65,5 +65,7 @@ class Proxy:
 
     def close(self) -> None:
         self.refusing = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # ends accept(), which close() would not
         self._listener.close()
         self.cut()
