@@ -67,6 +67,17 @@ def need_root() -> None:
         (pytest.fail if IN_CI else pytest.skip)("needs root")
 
 
+@contextlib.contextmanager
+def file_system(directory: Path, size: str) -> Iterator[Path]:
+    """Make a directory with a file system of its own, of so many bytes as tmpfs(5) writes them."""
+    need("mount")
+    need_root()
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)], check=True)
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
 def eventually(check: Callable[[], object], what: str) -> Any:
     """Wait until ``check`` returns something true, and return that."""
     deadline = time.monotonic() + DEADLINE

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trustme
-from support import DEADLINE, TOKEN, Agent, RawClient, eventually, need, need_root, run_agent
+from support import DEADLINE, TOKEN, Agent, RawClient, eventually, file_system, run_agent
 from test_authentication import dial
 from test_authentication import request as ask_for
 from test_http import request
@@ -274,13 +274,8 @@ def test_a_file_that_cannot_be_opened_is_a_mistake_of_the_start(tmp_path: Path) 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    need("mount")
-    need_root()
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with file_system(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 @pytest.mark.root

@@ -28,6 +28,7 @@ from support import (
     RawClient,
     as_user,
     eventually,
+    file_system,
     is_alive,
     need,
     need_root,
@@ -376,13 +377,8 @@ def quiet(tmp_path: Path) -> Iterator[Callable[..., Quiet]]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of half a MiB."""
-    need("mount")
-    need_root()
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    with file_system(tmp_path / "disk", "512k") as disk:
+        yield disk
 
 
 @pytest.mark.root
